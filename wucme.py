@@ -1,0 +1,3183 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["cryptography>=3.4.8"]
+# ///
+"""wucme - keeps the TLS certificates of a host renewed, and loaded into its servers
+
+SYNOPSIS
+  wucme.py [run]                      do all that is due and owed, then exit (for cron)
+  wucme.py issue NAME...              obtain one certificate for these names
+  wucme.py renew [NAME...] [--force]  look at these certificates only; --force: renew them now
+  wucme.py load [NAME...]             run the load list now for the certificates as they are
+  wucme.py status [--json]            what is there, what is due, what is owed
+
+DESCRIPTION
+  One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
+  at every file of the directory, decides with a reason what is due, opens the challenge listener,
+  obtains the certificates side by side from the CA (ACME, RFC 8555, challenge http-01), checks
+  each one, backs up the old one and renames the new one into place, runs the load list, and
+  reports. A certificate that fails never stops another. With nothing due and nothing owed it
+  sends nothing, prints nothing (unless at a terminal), and exits 0.
+
+  Certificates are found, not listed: every wucme_c_NAME.pem in the directory is renewed with its
+  key wucme_k_NAME.pem. A section [NAME] in the ini declares one that does not exist yet, or
+  changes how one is treated.
+
+OPTIONS
+  --ini FILE     the ini; else $WUCME_INI, wucme.ini beside the script, /etc/wucme/wucme.ini,
+                 ~/.wucme/wucme.ini; none at all is fine
+  --force        renew although nothing is due (with issue and renew)
+  --dry-run      say what would be done, and change nothing
+  --staging      use Let's Encrypt's staging CA and DIRECTORY/staging; nothing is loaded
+  --quiet        print errors only      --verbose  print each request too
+  --json         with status: for machines
+  --version      the version, and the SHA-256 of this file
+  --help         this text
+  and every setting below, with "-" for "_": --listen :8080; --load may be repeated.
+
+@SETTINGS@
+LOAD LIST
+  Each line of load is one item, told by its first character:
+    +         test the configuration of the web servers that run here, and reload them: once a run
+    +nginx    the same for one kind of server: @SERVERS@
+    @FILE     run a procedure, with arguments if any: once for each certificate
+    $ COMMAND run a shell command: once for each certificate
+  Procedures and commands find WUCME_NAME, WUCME_NAMES, WUCME_CERT, WUCME_KEY, WUCME_FINGERPRINT,
+  WUCME_DIRECTORY and WUCME_HOST in their environment. An item is owed as long as the certificate
+  on disk is not the one that it was last run for with success on this host: what fails, or is
+  missed, is tried again by every run. Items must be harmless to repeat.
+
+FILES (in the directory)
+  wucme_c_NAME.pem                    the chain, leaf first
+  wucme_k_NAME.pem                    its private key
+  wucme_k_account.pem                 the key of the ACME account (..._account_SERVER for more CAs)
+  wucme_X_NAME.pem_tmp                not live yet
+  wucme_X_NAME.pem_YYYYMMDDhhmmsscc   backups, one stamp a run
+  wucme_s_NAME.json                   memory of one certificate, or of the account
+  wucme_l_HOST.json                   what was loaded on one host
+  wucme.log, wucme.lock, tokens/      log, lock, challenge answers while an order runs
+
+EXIT STATUS
+  0 all is well; 1 something failed, or a load is owed, or the lock was not got; 2 usage or
+  settings; 143, 130 ended by SIGTERM, SIGINT. status: 1 if anything is owed, failing or expired,
+  or if no run was seen for two days.
+
+SECURITY
+  Made to run as root. It reads the ini and its directory, writes nowhere else, contacts the CA
+  (https only, always verified) and runs what the load list says. It listens on the challenge port
+  only while an order runs, and answers there from memory. Keys are 0600 from the first byte; an
+  ini, a script or a procedure that anyone may write is refused.
+
+READING ORDER
+  The file reads upward: a section uses only what stands above it.
+   1 errors      2 world      3 files       4 pem     5 settings   6 inventory   7 plan
+   8 challenges  9 acme      10 store      11 load   12 report    13 run        16 command line
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import re
+import signal
+import stat
+import sys
+import time
+from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
+                    NoReturn, Optional, Sequence, Tuple, TypeVar, Union, cast)
+
+if TYPE_CHECKING:
+    import argparse
+    import configparser
+    import http.client
+    import queue
+    import threading
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    PrivateKey = Union[ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey]
+
+# What costs milliseconds to import (cryptography, ssl, http, subprocess ...) is imported where it is
+# used: on most days a run needs none of it.
+
+VERSION = "1.0"
+USER_AGENT = f"wucme/{VERSION} Python-http.client/{sys.version_info[0]}.{sys.version_info[1]}"
+T = TypeVar("T")
+Json = Dict[str, Any]
+
+
+# === 1. errors: what can go wrong, each a sentence for a person ===============================
+# WucmeError
+#   SettingsError   usage or ini: exit 2, before anything is touched
+#   FileError       the directory or a file of it
+#   PemError        a certificate or a key is not what it should be
+#   ListenerError   the challenge cannot be answered from here
+#   NetworkError    the CA was not reached, or did not speak ACME
+#   AcmeError       the CA said no
+# Each is raised where it is known and caught twice: once for each certificate, and in main.
+
+class WucmeError(Exception):
+    """Something failed, and the text says what, where and what to do."""
+
+
+class SettingsError(WucmeError):
+    """The ini or the command line asks for something that cannot be."""
+
+
+class FileError(WucmeError):
+    """A file or directory is not as it must be."""
+
+
+class PemError(WucmeError):
+    """A certificate or key does not parse, or does not fit."""
+
+
+class ListenerError(WucmeError):
+    """Nothing here can answer the challenge."""
+
+
+class NetworkError(WucmeError):
+    """The CA could not be reached, or what came back is not ACME."""
+
+
+class AcmeError(WucmeError):
+    """The CA refused, with its problem type (RFC 8555 section 6.7) and when to come back."""
+
+    def __init__(self, text: str, kind: str = "", retry_after: float = 0) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.retry_after = retry_after
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control characters and undecodable bytes made visible."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says to a person, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return printable(f"{where}{error.strerror}")
+    return printable(str(error) or type(error).__name__)
+
+
+# === 2. world: clock, log, network, processes ==================================================
+# The only place that opens connections, starts processes and asks for the time. What the rest needs
+# of it travels as one value, World, so that a test can hand in another.
+
+BODY_BYTES = 1 << 20            # no answer of a CA is longer
+OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
+
+
+class Log:
+    """What is said: to a file at once, and to the terminal at once or (for cron) at the end if worth it."""
+
+    def __init__(self) -> None:
+        self.clock: Callable[[], float] = time.time
+        self.descriptor = -1
+        self.live = False           # at a terminal: each line at once
+        self.loud = False           # verbose: details too
+        self.held: List[str] = []   # not at a terminal: lines that may be printed at the end
+
+    def __call__(self, text: str) -> None:
+        """Write one line for one event."""
+        now = self.clock()
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        line = f"{stamp}.{int(now * 100) % 100:02d}: {printable(text)}\n"
+        if self.descriptor >= 0:
+            with contextlib.suppress(OSError):      # a full disk must not stop a renewal
+                os.write(self.descriptor, line.encode())
+        if self.live:
+            self.show(line)
+        else:
+            self.held.append(line)
+
+    def detail(self, text: str) -> None:
+        """Write one line that only --verbose wants."""
+        if self.loud:
+            self(text)
+
+    def flush(self) -> None:
+        """Print what was held back."""
+        for line in self.held:
+            self.show(line)
+        self.held.clear()
+
+    @staticmethod
+    def show(line: str) -> None:
+        """Print to stderr, whatever became of it."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+
+log = Log()
+
+
+class Response(NamedTuple):
+    """An answer to one HTTPS request."""
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+def tls_context(ca_file: str) -> Any:
+    """A verifying TLS context whose sockets give up at `until` however slowly bytes drip in."""
+    import ssl
+
+    class Socket(ssl.SSLSocket):
+        until = float("inf")
+
+        def recv_into(self, *args: Any, **more: Any) -> int:
+            self.settimeout(max(0.01, min(3600.0, self.until - time.monotonic())))
+            return super().recv_into(*args, **more)
+
+    context = ssl.create_default_context(cafile=ca_file or None)
+    context.sslsocket_class = Socket
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if ca_file and hasattr(ssl, "VERIFY_X509_STRICT"):
+        # Python 3.13 asks of every CA what home-made ones rarely have.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def network_reason(error: Exception, timeout: float) -> str:
+    """Why a host was not reached, with what to do where that is known."""
+    import socket
+    import ssl
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (f"its certificate is not trusted ({error.verify_message}); "
+                "for a private CA set ca_file to the certificate that signed it")
+    if isinstance(error, socket.gaierror):
+        return f"the name does not resolve ({error.strerror})"
+    if isinstance(error, (TimeoutError, socket.timeout)):
+        return f"no whole answer within {timeout:g} s"
+    return sentence(error)
+
+
+class Http:
+    """HTTPS for one worker: one kept connection to each origin, through the proxy that the rules name."""
+
+    def __init__(self, timeout: float, ca_file: str = "", proxy: str = "") -> None:
+        self.timeout = timeout
+        self.proxy = proxy
+        self.context = tls_context(ca_file)
+        self.kept: Dict[str, http.client.HTTPSConnection] = {}
+
+    def connect(self, host: str, port: int) -> http.client.HTTPSConnection:
+        """A connection object for an origin, direct or by CONNECT."""
+        import http.client
+        import urllib.parse
+        import urllib.request
+        proxy = self.proxy
+        if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
+            proxy = urllib.request.getproxies().get("https", "")
+        if not proxy or proxy == "none":
+            return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=self.context)
+        by = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        if by.scheme not in ("", "http") or not by.hostname:
+            raise NetworkError(f"proxy {by.hostname or proxy}: only http://HOST:PORT can be used")
+        connection = http.client.HTTPSConnection(by.hostname, by.port or 3128, timeout=self.timeout,
+                                                 context=self.context)
+        headers = {}
+        if by.username is not None:
+            import base64
+            user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
+            headers["Proxy-Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+        connection.set_tunnel(host, port, headers)
+        return connection
+
+    def request(self, method: str, url: str, body: Optional[bytes] = None,
+                headers: Optional[Mapping[str, str]] = None) -> Response:
+        """One request, `timeout` seconds in total; NetworkError says who was not reached and why."""
+        import http.client
+        import urllib.parse
+        at = urllib.parse.urlsplit(url)
+        if at.scheme != "https" or not at.hostname:
+            raise NetworkError(f"{url}: only https is used")
+        path = urllib.parse.urlunsplit(("", "", at.path or "/", at.query, ""))
+        for kept in ((True, False) if at.netloc in self.kept else (False,)):
+            try:
+                return self.attempt(method, at.netloc, (at.hostname, at.port or 443), path, body, headers or {})
+            except (http.client.HTTPException, OSError, ValueError) as error:
+                self.drop(at.netloc)
+                # A kept connection may have been closed meanwhile: once more on a new one.
+                if not kept or isinstance(error, TimeoutError):
+                    raise NetworkError(f"{at.netloc}: {network_reason(error, self.timeout)}") from error
+        raise AssertionError("unreachable")
+
+    def attempt(self, method: str, origin: str, address: Tuple[str, int], path: str,
+                body: Optional[bytes], headers: Mapping[str, str]) -> Response:
+        """Send on the kept connection or a new one, and read the whole answer."""
+        connection = self.kept.get(origin)
+        if connection is None:
+            connection = self.kept[origin] = self.connect(*address)
+        until = time.monotonic() + self.timeout
+        if connection.sock is None:
+            connection.connect()
+        setattr(connection.sock, "until", until)
+        connection.request(method, path, body, {"User-Agent": USER_AGENT, **headers})
+        response = connection.getresponse()
+        data = response.read(BODY_BYTES + 1)
+        if len(data) > BODY_BYTES:
+            raise ValueError(f"an answer of more than {BODY_BYTES >> 20} MiB")
+        promised = response.headers.get("Content-Length")
+        if promised and method != "HEAD" and promised != str(len(data)):
+            raise ValueError(f"an answer of {len(data)} bytes where {printable(promised)} were promised")
+        if response.will_close or not response.isclosed():
+            self.drop(origin)
+        return Response(response.status, response.headers, data)
+
+    def drop(self, origin: str) -> None:
+        """Forget a connection that cannot be used again."""
+        connection = self.kept.pop(origin, None)
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        """Close what is kept."""
+        for origin in list(self.kept):
+            self.drop(origin)
+
+
+class Finished(NamedTuple):
+    """How a command ended: problem is "" for exit status 0."""
+    problem: str
+    output: List[str]
+
+
+def drain(descriptor: int, kept: bytearray) -> None:
+    """Read a pipe to its end, so that the writer never waits, and keep only so much."""
+    with contextlib.suppress(OSError):
+        while True:
+            data = os.read(descriptor, 1 << 16)
+            if not data:
+                return
+            kept += data[:OUTPUT_BYTES - len(kept)]
+
+
+def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: int = -1,
+            cwd: str = "/") -> Finished:
+    """Run a command in a process group of its own, which is killed as one on time-out or signal."""
+    import subprocess
+    import threading
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, env=dict(env), cwd=cwd,
+                                   start_new_session=True, umask=umask)
+    except OSError as error:
+        return Finished(f"cannot be run: {error.strerror}", [])
+    kept = bytearray()
+    assert process.stdout is not None
+    reader = threading.Thread(target=drain, args=(process.stdout.fileno(), kept), daemon=True)
+    reader.start()
+    try:
+        status = process.wait(timeout)
+        problem = f"exit status {status}" if status > 0 else f"killed by signal {-status}" if status else ""
+    except subprocess.TimeoutExpired:
+        problem = f"stopped after {timeout:g} s (load_timeout)"
+    finally:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    reader.join(0.5)            # not longer: a daemon left behind may hold the pipe for ever
+    if not reader.is_alive():
+        process.stdout.close()
+    return Finished(problem, bytes(kept).decode("utf-8", "backslashreplace").splitlines())
+
+
+def proc_text(pid: Union[int, str], name: str) -> str:
+    """A file of /proc, "" where it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read(1 << 16).decode("utf-8", "surrogateescape")
+    except OSError:
+        return ""
+
+
+def proc_link(pid: Union[int, str], name: str) -> str:
+    """A link of /proc, "" where it cannot be read."""
+    try:
+        return os.readlink(f"/proc/{pid}/{name}")
+    except OSError:
+        return ""
+
+
+class Process(NamedTuple):
+    """A running program."""
+    pid: int
+    parent: int
+    command: str
+    argv: List[str]
+
+
+def processes(commands: Sequence[str]) -> List[Process]:
+    """The processes with one of these command names, in our own process and network namespaces."""
+    found = []
+    for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+        head, _, rest = proc_text(pid, "stat").rpartition(") ")
+        name = head.partition("(")[2]
+        if name not in commands or rest.startswith("Z"):
+            continue
+        spaces = [proc_link(pid, f"ns/{kind}") for kind in ("pid", "net")]
+        if all(space in ("", proc_link("self", f"ns/{kind}")) for space, kind in zip(spaces, ("pid", "net"))):
+            argv = proc_text(pid, "cmdline").rstrip("\0").split("\0")
+            found.append(Process(pid, int(rest.split()[1]), name, argv))
+    return found
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a TCP port here, for a message: "nginx (pid 12)", or "" where it cannot be seen."""
+    inodes = set()
+    for table in ("net/tcp", "net/tcp6"):
+        for row in proc_text("self", table).splitlines()[1:]:
+            fields = row.split()
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{fields[9]}]")
+    for pid in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and any(proc_link(pid, f"fd/{fd}") in inodes for fd in os.listdir(f"/proc/{pid}/fd")):
+                return f"{proc_text(pid, 'comm').strip()} (pid {pid})"
+    return ""
+
+
+def ask(question: str) -> bool:
+    """Ask at the terminal; without one the answer is no."""
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+class World(NamedTuple):
+    """What lies outside of the program: times in seconds, `now` since 1970 UTC."""
+    now: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    http: Callable[..., Http] = Http
+    command: Callable[..., Finished] = command
+    ask: Callable[[str], bool] = ask
+
+
+REAL = World()
+
+
+# === 3. files: the only disk ===================================================================
+# Nothing is written over: a file is made beside its target, flushed to the disk, and renamed. Modes
+# are set at creation, before the first byte.
+
+def read(path: str, cap: int = 1 << 20) -> bytes:
+    """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise FileError(f"{path}: not a regular file")
+        if about.st_size > cap:
+            raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
+        return os.read(descriptor, cap)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+
+
+def signature(path: str) -> List[int]:
+    """Size, modification time and inode, by which a file is known again; [] where there is none."""
+    try:
+        about = os.stat(path)
+    except OSError:
+        return []
+    return [about.st_size, about.st_mtime_ns, about.st_ino]
+
+
+def sync_directory(path: str) -> None:
+    """Flush the directory that holds a path, so that a rename in it survives a power cut."""
+    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte."""
+    while data:
+        data = data[os.write(descriptor, data):]
+
+
+class Owner(NamedTuple):
+    """Mode and owner of a file."""
+    mode: int
+    uid: int
+    gid: int
+
+
+def owner(path: str, mode: int) -> Owner:
+    """Mode and owner that a new file in this place should have: the present one's, else `mode` and ours."""
+    try:
+        about = os.stat(path)
+        return Owner(stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid)
+    except OSError:
+        return Owner(mode, os.geteuid(), os.getegid())
+
+
+def create(path: str, data: bytes, like: Owner = Owner(0o600, -1, -1)) -> None:
+    """Make a new file, on the disk when this returns; what a killed run left under the name goes."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if like.uid not in (-1, os.geteuid()) or like.gid not in (-1, os.getegid()):
+            with contextlib.suppress(PermissionError):      # not root: ours then
+                os.fchown(descriptor, like.uid, like.gid)
+        os.fchmod(descriptor, like.mode)
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: str, target: str) -> None:
+    """Put a file in place in one step, durably."""
+    os.replace(source, target)
+    sync_directory(target)
+
+
+def replace(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Write a whole file in one step, keeping the mode and owner of the one it replaces."""
+    create(f"{path}_tmp", data, owner(path, mode))
+    rename(f"{path}_tmp", path)
+
+
+def remove(path: str) -> None:
+    """Delete a file that may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def link(to: str, path: str, by: str) -> None:
+    """Make a path a symbolic link in one step, durably; `by` is a name that is free for it."""
+    remove(by)
+    os.symlink(to, by)
+    rename(by, path)
+
+
+def back_up(path: str, target: str) -> None:
+    """Keep the present content of a path under another name: a second link, or a copy."""
+    remove(target)
+    if not os.path.islink(path):
+        with contextlib.suppress(OSError):
+            os.link(path, target)
+            return
+    create(target, read(path), owner(path, 0o600))
+
+
+def anyone_may_write(path: str) -> bool:
+    """Whether every user of the machine may change this file."""
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IWOTH)
+    except OSError:
+        return False
+
+
+def make_directory(path: str) -> None:
+    """Make a directory that a web server's user may pass through, with its parents, whatever the umask."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(path)
+    if parent and not os.path.isdir(parent):
+        make_directory(parent)
+    os.mkdir(path)
+    os.chmod(path, 0o755)
+
+
+def take_lock(path: str) -> Optional[int]:
+    """The descriptor that holds the lock, or None while another process holds it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise FileError(f"{path}: cannot be locked here ({error.strerror}); "
+                        "the directory must be on a file system with locks") from error
+    return descriptor
+
+
+# === 4. pem: keys, requests, chains ============================================================
+# Pure: bytes in, values out. Nothing here knows of files or of the network.
+
+KEY_KINDS = ("ecdsa-p256", "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096")
+CHAIN_LENGTH = 10               # certificates; no CA sends more
+SKEW_SECONDS = 300              # how far our clock and the CA's may differ
+PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s.*?-----END \1-----", re.S)
+HOST_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+
+
+class Facts(NamedTuple):
+    """What a certificate says of itself; times in seconds since 1970 UTC, octets in hexadecimal."""
+    names: Tuple[str, ...]
+    not_before: float
+    not_after: float
+    issuer: str
+    serial: str
+    fingerprint: str            # SHA-256 of the certificate
+    key: str                    # SHA-256 of its public key
+    kind: str                   # one of KEY_KINDS, or another in words
+
+
+def blocks(pem: bytes, *labels: bytes) -> List[bytes]:
+    """The PEM blocks with one of these labels, line ends made plain, each ended by a newline."""
+    return [match[0].replace(b"\r", b"") + b"\n" for match in PEM_BLOCK.finditer(pem) if match[1] in labels]
+
+
+def certificates(pem: bytes) -> List[bytes]:
+    """The certificates of a PEM text, in its order."""
+    return blocks(pem, b"CERTIFICATE")
+
+
+def private_key(pem: bytes) -> bytes:
+    """The private key of a PEM text; b"" where there is none."""
+    found = blocks(pem, b"PRIVATE KEY", b"EC PRIVATE KEY", b"RSA PRIVATE KEY", b"ENCRYPTED PRIVATE KEY")
+    return found[0] if found else b""
+
+
+def parse_certificate(pem: bytes) -> x509.Certificate:
+    """One certificate; PemError where it is none."""
+    from cryptography import x509
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise PemError(f"not a certificate: {printable(str(error))[:100]}") from error
+
+
+def parse_key(pem: bytes) -> PrivateKey:
+    """An unencrypted EC or RSA private key; PemError where it is none."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    try:
+        key = serialization.load_pem_private_key(private_key(pem), None)
+    except TypeError as error:
+        raise PemError("the private key is encrypted; wucme needs it in the clear") from error
+    except Exception as error:      # cryptography has several of its own for what is no key
+        raise PemError(f"not a private key: {printable(str(error))[:100]}") from error
+    if not isinstance(key, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey)):
+        raise PemError(f"a private key of a kind that CAs do not take ({type(key).__name__.strip('_')})")
+    return key
+
+
+def new_key(kind: str) -> PrivateKey:
+    """A new private key of one of KEY_KINDS."""
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    family, _, size = kind.partition("-")
+    if family == "rsa":
+        return rsa.generate_private_key(65537, int(size))
+    return ec.generate_private_key(ec.SECP256R1() if size == "p256" else ec.SECP384R1())
+
+
+def key_pem(key: PrivateKey) -> bytes:
+    """A private key as unencrypted PKCS#8."""
+    from cryptography.hazmat.primitives import serialization
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                             serialization.NoEncryption())
+
+
+def key_kind(public: Any) -> str:
+    """The kind of a public key, as KEY_KINDS names it."""
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    if isinstance(public, rsa.RSAPublicKey):
+        return f"rsa-{public.key_size}"
+    if isinstance(public, ec.EllipticCurvePublicKey):
+        return f"ecdsa-p{public.key_size}"
+    return type(public).__name__.strip("_")
+
+
+def key_hash(public: Any) -> str:
+    """SHA-256 of a public key's SubjectPublicKeyInfo, in hexadecimal."""
+    import hashlib
+
+    from cryptography.hazmat.primitives import serialization
+    return hashlib.sha256(public.public_bytes(serialization.Encoding.DER,
+                                              serialization.PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+
+
+def validity(certificate: x509.Certificate) -> Tuple[float, float]:
+    """notBefore and notAfter in seconds since 1970; old releases of cryptography have naive times only."""
+    import datetime
+    times = []
+    for field in ("not_valid_before", "not_valid_after"):
+        aware = getattr(certificate, f"{field}_utc", None)
+        times.append((aware or getattr(certificate, field).replace(tzinfo=datetime.timezone.utc)).timestamp())
+    return times[0], times[1]
+
+
+def alternative_names(certificate: x509.Certificate) -> Tuple[str, ...]:
+    """The DNS names and IP addresses of the subjectAltName, lower case, in its order."""
+    from cryptography import x509
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return ()
+    return tuple(str(name.value).lower() for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
+
+
+def facts(chain: bytes) -> Facts:
+    """What the first certificate of a chain says; PemError where there is none."""
+    import hashlib
+
+    from cryptography.hazmat.primitives import serialization
+    found = certificates(chain)
+    if not found:
+        raise PemError("holds no certificate")
+    leaf = parse_certificate(found[0])
+    try:
+        public = leaf.public_key()
+        issuer = leaf.issuer.rfc4514_string()
+        not_before, not_after = validity(leaf)
+        return Facts(alternative_names(leaf), not_before, not_after, issuer, f"{leaf.serial_number:x}",
+                     hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest(),
+                     key_hash(public), key_kind(public))
+    except (ValueError, OverflowError) as error:
+        raise PemError(f"a certificate that cannot be read: {printable(str(error))[:100]}") from error
+
+
+def host_name(text: str) -> str:
+    """A DNS name (with *. before it perhaps) or IP address in the form that CAs want; ValueError if neither."""
+    import ipaddress
+    name = text.strip().rstrip(".").lower()
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(name.strip("[]")))
+    if not name.isascii():
+        name = name.encode("idna").decode()
+    labels = name[2:].split(".") if name.startswith("*.") else name.split(".")
+    if len(name) > 253 or not all(HOST_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+        raise ValueError(f"{printable(text)!r} is neither a host name nor an IP address")
+    return name
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is an IP address."""
+    return ":" in name or name.replace(".", "").isdigit()
+
+
+def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
+    """A CSR (DER) with an empty subject and exactly these names (RFC 8555 section 7.4)."""
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    wanted: List[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
+                                      else x509.DNSName(name) for name in names]
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+
+def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    """Whether names, key identifiers and signature say that one certificate was issued by the other."""
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+    if certificate.issuer != issuer.subject:
+        return False
+    with contextlib.suppress(x509.ExtensionNotFound):
+        theirs = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+        own = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+        if theirs is not None and theirs != own:
+            return False
+    public, algorithm = issuer.public_key(), certificate.signature_hash_algorithm
+    try:
+        if isinstance(public, ec.EllipticCurvePublicKey) and algorithm:
+            public.verify(certificate.signature, certificate.tbs_certificate_bytes, ec.ECDSA(algorithm))
+        elif isinstance(public, rsa.RSAPublicKey) and algorithm:
+            public.verify(certificate.signature, certificate.tbs_certificate_bytes, padding.PKCS1v15(), algorithm)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def gmt(when: float) -> str:
+    """A time as certificates print it: Mar 13 12:52:11 2026 GMT."""
+    try:
+        return time.strftime("%b %d %H:%M:%S %Y GMT", time.gmtime(when))
+    except (OverflowError, ValueError, OSError):
+        return f"{when:.0f} s after 1970"
+
+
+def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float) -> List[str]:
+    """Refuse (PemError) a chain that must not go live; the names that it has beyond those asked for."""
+    labels = {match[1] for match in PEM_BLOCK.finditer(chain)}
+    if labels - {b"CERTIFICATE"}:
+        raise PemError(f"the CA sent more than certificates ({printable(b', '.join(sorted(labels)).decode())})")
+    found = [parse_certificate(pem) for pem in certificates(chain)]
+    if not found:
+        raise PemError("the CA sent no certificate")
+    if len(found) > CHAIN_LENGTH:
+        raise PemError(f"the CA sent a chain of {len(found)} certificates")
+    leaf = facts(chain)
+    if leaf.key != key_hash(key.public_key()):
+        raise PemError("the certificate that the CA sent is for another key")
+    missing = sorted(set(names) - set(leaf.names))
+    if missing:
+        raise PemError(f"the certificate that the CA sent lacks {', '.join(missing)}")
+    if not leaf.not_before - SKEW_SECONDS <= now < leaf.not_after:
+        raise PemError(f"the certificate that the CA sent is not valid now ({gmt(leaf.not_before)} to "
+                       f"{gmt(leaf.not_after)}); is the clock of this host right?")
+    for place, (one, issuer) in enumerate(zip(found, found[1:]), 1):
+        if not issued_by(one, issuer):
+            raise PemError(f"certificate {place} of the chain that the CA sent was not issued by the next")
+    return sorted(set(leaf.names) - set(names))
+
+
+# === 5. settings: one table, and the ini that it reads =========================================
+# A setting is declared once, as a field of the class of its scope: its type, how its text is read,
+# its default, its sentence of help. The ini reader, the options, --help and wucme.ini come from there.
+
+KNOWN_SERVERS = {
+    "letsencrypt": "https://acme-v02.api.letsencrypt.org/directory",
+    "letsencrypt-staging": "https://acme-staging-v02.api.letsencrypt.org/directory",
+}
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+DURATION = re.compile(r"(\d+)([smhd])")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+INI_HEAD = """\
+# wucme.ini: settings of wucme.py; see wucme.py --help.
+#
+# Looked for at --ini FILE, $WUCME_INI, beside wucme.py, /etc/wucme/wucme.ini, ~/.wucme/wucme.ini.
+# Every setting has a default and is shown at it: take away the "# " to change one. A value may go on
+# in the next lines if they are indented. There are no comments behind a value. Durations: 20s 10m 12h 30d.
+"""
+
+
+class Setting(NamedTuple):
+    """One setting: how its text becomes a value, its default, and what it means."""
+    kind: Callable[[str], Any]
+    default: str
+    help: str
+    form: str = ""
+
+
+def setting(kind: Callable[[str], T], default: str, text: str, form: str = "") -> T:
+    """Declare a setting where its value will stand; for the type checker it has that value's type."""
+    return cast(T, Setting(kind, default, text, form))
+
+
+class Renewal(NamedTuple):
+    """When to renew: so long before the end, or at such a share of the lifetime left; neither: never."""
+    seconds: Optional[float] = None
+    share: Optional[float] = None
+    auto: bool = False
+
+
+def a_text(text: str) -> str:
+    """Any text."""
+    return text
+
+
+def a_path(text: str) -> str:
+    """A path, ~ allowed."""
+    return os.path.abspath(os.path.expanduser(text)) if text else ""
+
+
+def a_label(text: str) -> str:
+    """A word that can stand in a file name."""
+    if text and not SAFE_NAME.fullmatch(text):
+        raise ValueError("only letters, digits, '.', '_' and '-' can be used")
+    return text
+
+
+def a_flag(text: str) -> bool:
+    """Yes or no."""
+    if text.lower() not in ("yes", "no"):
+        raise ValueError("must be yes or no")
+    return text.lower() == "yes"
+
+
+def a_count(text: str) -> int:
+    """A whole number, zero or more."""
+    if not text.isdigit():
+        raise ValueError("must be a whole number")
+    return int(text)
+
+
+def a_crew(text: str) -> int:
+    """A whole number from 1 to 64."""
+    number = a_count(text)
+    if not 1 <= number <= 64:
+        raise ValueError("must be from 1 to 64")
+    return number
+
+
+def a_duration(text: str) -> float:
+    """A time such as 20s, 10m, 12h or 30d, in seconds."""
+    match = DURATION.fullmatch(text)
+    if not match:
+        raise ValueError("must be a duration such as 20s, 10m, 12h or 30d")
+    return float(match[1]) * SECONDS[match[2]]
+
+
+def a_renewal(text: str) -> Renewal:
+    """auto, never, a duration, a bare number of days, or a percentage of the lifetime."""
+    if text in ("auto", "never"):
+        return Renewal(auto=text == "auto")
+    if text.isdigit():
+        return Renewal(seconds=int(text) * 86400.0)
+    if text.endswith("%") and text[:-1].isdigit() and 0 < int(text[:-1]) < 100:
+        return Renewal(share=int(text[:-1]) / 100)
+    try:
+        return Renewal(seconds=a_duration(text))
+    except ValueError:
+        raise ValueError("must be auto, never, a duration such as 30d or 12h, or a share such as 25%") from None
+
+
+def a_key_kind(text: str) -> str:
+    """One of KEY_KINDS."""
+    if text not in KEY_KINDS:
+        raise ValueError(f"must be one of {', '.join(KEY_KINDS)}")
+    return text
+
+
+def some_words(text: str) -> Tuple[str, ...]:
+    """Words with blanks between."""
+    return tuple(text.split())
+
+
+def some_lines(text: str) -> Tuple[str, ...]:
+    """One entry a line."""
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def some_names(text: str) -> Tuple[str, ...]:
+    """Host names and addresses, each once, in order."""
+    return tuple(dict.fromkeys(host_name(word) for word in text.split()))
+
+
+def some_addresses(text: str) -> Tuple[Tuple[str, int], ...]:
+    """Addresses to listen on, as host and port; host "" is every address."""
+    found = []
+    for word in text.split() if text != "none" else ():
+        host, colon, port = word.rpartition(":")
+        if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"{word!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
+        found.append((host.strip("[]"), int(port)))
+    return tuple(found)
+
+
+class RunScope(NamedTuple):
+    """Settings of the whole run."""
+    directory: str = setting(a_path, "", "where certificates, keys and state are; default: /etc/wucme for "
+                             "root, else ~/.wucme", "PATH")
+    log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
+    backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each", "NUMBER")
+    workers: int = setting(a_crew, "4", "how many certificates are obtained side by side", "NUMBER")
+    lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end", "DURATION")
+    timeout: float = setting(a_duration, "20s", "the longest that one request to the CA may take, in all",
+                             "DURATION")
+    deadline: float = setting(a_duration, "2m", "the longest that one certificate may take; a later run goes "
+                              "on with its order", "DURATION")
+    host: str = setting(a_label, "", "this host's name in a directory that several share; default: the host "
+                        "name", "NAME")
+
+
+class CertificateScope(NamedTuple):
+    """Settings of one certificate."""
+    server: Tuple[str, ...] = setting(some_words, "letsencrypt", "the CA: letsencrypt, letsencrypt-staging, the "
+                                      "name of a [server NAME] section, or the URL of an ACME directory", "SERVER")
+    names: Tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
+                                     "NAME...")
+    key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS), "KIND")
+    rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
+                           "and the key file is a link to it")
+    renew: Renewal = setting(a_renewal, "auto", "when: auto (a third of the lifetime left, half under 10 days), "
+                             "30d, 12h, 25%, never; a bare number is days", "WHEN")
+    listen: Tuple[Tuple[str, int], ...] = setting(
+        some_addresses, ":80", "where the http-01 challenge is answered while an order runs; several by blanks; "
+        "the CA asks at port 80, or whatever your router makes of it", "ADDRESS:PORT")
+    load: Tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
+                                    "LOAD LIST", "ITEM")
+    load_timeout: float = setting(a_duration, "5m", "the longest that one item of load may take", "DURATION")
+
+
+class ServerScope(NamedTuple):
+    """Settings of one CA."""
+    url: str = setting(a_text, "", "URL of its ACME directory, for a CA of your own", "URL")
+    ca_file: str = setting(a_path, "", "trust this PEM file alone for its HTTPS; default: the system's CAs", "PATH")
+    proxy: str = setting(a_text, "", "HTTP proxy to reach it by, http://[USER:PASSWORD@]HOST:PORT, or none; "
+                         "default: $https_proxy and $no_proxy", "URL")
+    contact: Tuple[str, ...] = setting(some_words, "", "mail address for a new account; optional at most CAs",
+                                       "ADDRESS")
+    agree: bool = setting(a_flag, "no", "yes: you agree to its terms of service")
+
+
+SCOPES: Tuple[Any, ...] = (RunScope, CertificateScope, ServerScope)
+SETTINGS: Dict[str, Setting] = {name: field for scope in SCOPES for name, field in scope._field_defaults.items()}
+
+
+class Source(NamedTuple):
+    """The text that settings came from, to say where something stands."""
+    path: str
+    text: str
+
+    def where(self, section: str, key: str = "", item: str = "") -> str:
+        """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
+        number, current, wanted = 0, "", f"[{section}]"
+        for place, line in enumerate(self.text.splitlines(), 1):
+            plain = line.strip()
+            if line[:1] == "[":
+                current = plain
+                number = place if current == wanted else number
+            elif current == wanted and (plain == item if item else
+                                        key and plain.partition("=")[0].strip().lower() == key):
+                return f"{self.path}:{place}"
+            elif current == wanted and item and plain.endswith(item) and plain.lower().startswith(key):
+                return f"{self.path}:{place}"
+        return f"{self.path}:{number}" if number else self.path or "the command line"
+
+
+class Section(NamedTuple):
+    """A certificate that the ini names: its settings, and which of them it sets itself."""
+    title: str
+    values: CertificateScope
+    own: frozenset[str]
+
+
+class Settings(NamedTuple):
+    """Everything that was asked for."""
+    run: RunScope
+    default: CertificateScope
+    sections: Dict[str, Section]            # by title, lower case
+    servers: Dict[str, ServerScope]         # by name
+    other_server: ServerScope               # for a CA without a section of its own
+    source: Source
+    lists: Dict[str, str]                   # each load line: FILE:LINE
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at what was probably meant, or ""."""
+    import difflib
+    close = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def ini_fault(error: configparser.Error) -> str:
+    """LINE: what is wrong, for what the reader of inis refuses."""
+    import configparser
+    if isinstance(error, configparser.DuplicateOptionError):
+        return f"{error.lineno}: {error.option} stands twice in [{error.section}]; keep one"
+    if isinstance(error, configparser.DuplicateSectionError):
+        return f"{error.lineno}: [{error.section}] stands twice; join the two"
+    if isinstance(error, configparser.MissingSectionHeaderError):
+        return f"{error.lineno}: {printable(error.line.strip())!r} stands before any section; begin with [wucme]"
+    lines = getattr(error, "errors", None)
+    number, line = lines[0] if lines else (0, str(error))
+    return f"{number}: {printable(str(line))} is neither KEY = VALUE nor a section"
+
+
+def parse_ini(source: Source) -> Dict[str, Dict[str, str]]:
+    """The sections of an ini as texts; SettingsError with file and line for what is not one."""
+    import configparser
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
+    try:
+        parser.read_string(source.text)
+    except configparser.Error as error:
+        raise SettingsError(f"{source.path}:{ini_fault(error)}") from error
+    return {title: dict(parser.items(title)) for title in parser.sections()}
+
+
+def parse_value(source: Source, section: str, key: str, text: str) -> Any:
+    """The value of one setting, or SettingsError with file, line and what it must be."""
+    kind = SETTINGS[key].kind
+    where = source.where(section, key)
+    if kind is not some_lines:
+        if "\n" in text.strip():
+            stray = text.strip().splitlines()[1].strip()
+            raise SettingsError(f"{source.where(section, key, stray)}: {stray!r} is indented and so belongs to "
+                                f"{key}; move it to the left")
+        mark = re.search(r"\s[;#]", text)
+        if mark:
+            raise SettingsError(f"{where}: {key} = {printable(text)}: a comment needs a line of its own")
+    else:
+        for line in some_lines(text):
+            word = line.partition("=")[0].strip().lower()
+            if "=" in line and word in SETTINGS:
+                raise SettingsError(f"{source.where(section, key, line)}: {line!r} is indented and so belongs to "
+                                    f"{key}; move it to the left")
+    try:
+        return kind(text.strip())
+    except (ValueError, UnicodeError) as error:
+        raise SettingsError(f"{where}: {key} = {printable(text.strip())}: {error}") from error
+
+
+def pick(source: Source, section: str, texts: Mapping[str, str], scope: Any) -> Dict[str, Any]:
+    """The values of those settings in a section that belong to one scope."""
+    return {key: parse_value(source, section, key, text) for key, text in texts.items()
+            if key in scope._field_defaults}
+
+
+def default_values(scope: Any) -> Dict[str, Any]:
+    """Every setting of a scope at its default."""
+    return {key: field.kind(field.default) for key, field in scope._field_defaults.items()}
+
+
+def default_directory() -> str:
+    """Where certificates are kept unless the settings say otherwise."""
+    return "/etc/wucme" if os.geteuid() == 0 else os.path.expanduser("~/.wucme")
+
+
+def find_ini(named: str) -> str:
+    """The ini in use: the one named (which must be there), else the first that is there, else ""."""
+    if named:
+        if not os.path.exists(named):
+            raise SettingsError(f"{named}: there is no such file")
+        return named
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wucme.ini")
+    for path in (beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")):
+        if os.path.exists(path):
+            return path
+    return ""
+
+
+def read_source(path: str) -> Source:
+    """The text of an ini, "" for none; SettingsError if it cannot be read or anyone may write it."""
+    if not path:
+        return Source("", "")
+    if os.geteuid() == 0 and anyone_may_write(path):
+        raise SettingsError(f"{path}: anyone may write this file, and it says what root runs; chmod o-w {path}")
+    try:
+        return Source(path, read(path).decode("utf-8-sig"))
+    except (FileError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{sentence(error)}" if isinstance(error, FileError)
+                            else f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def check_keys(source: Source, title: str, texts: Mapping[str, str], scopes: Sequence[Any]) -> None:
+    """Refuse a key that is unknown, or that belongs into another section."""
+    for key in texts:
+        if any(key in scope._field_defaults for scope in scopes):
+            continue
+        where = source.where(title, key)
+        if key in SETTINGS:
+            home = "[wucme] or [server NAME]" if key in ServerScope._field_defaults else "[wucme]"
+            raise SettingsError(f"{where}: {key} belongs into {home}, not into [{title}]")
+        known = [name for scope in scopes for name in scope._field_defaults]
+        raise SettingsError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
+
+
+def file_label(name: str) -> str:
+    """NAME as it stands in file names: *. becomes _. and : becomes -."""
+    return name.lower().replace("*.", "_.").replace(":", "-")
+
+
+def read_section(source: Source, title: str, texts: Dict[str, str], default: CertificateScope,
+                 options: Dict[str, Any]) -> Section:
+    """The section of one certificate, over the defaults and under the options of this call."""
+    check_keys(source, title, texts, [CertificateScope])
+    name = title.lower()
+    if "names" not in texts and "." not in title and ":" not in title:
+        raise SettingsError(f"{source.where(title)}: [{title}] is no host name and has no names = ..."
+                            f"{nearest(name, ['wucme', 'server'])}")
+    own = pick(source, title, texts, CertificateScope)
+    if not own.get("names"):
+        own["names"] = parse_value(source, title, "names", title)
+    label = file_label(name)
+    if not SAFE_NAME.fullmatch(label) or label == "account" or label.startswith("account_"):
+        raise SettingsError(f"{source.where(title)}: [{title}] cannot be a file name; use letters, digits, "
+                            "'.', '_' and '-', not account")
+    return Section(title, default._replace(**{**own, **options}), frozenset(own) | frozenset(options))
+
+
+def find_server(settings: Settings, name: str) -> Tuple[str, ServerScope]:
+    """The CA that a `server` word means, with its short name; SettingsError if it means none."""
+    found = settings.servers.get(name)
+    if found is not None and found.url:
+        return name, found
+    where = settings.source.where("wucme", "server")
+    if name.startswith("https://"):
+        label = re.sub(r"[^A-Za-z0-9._-]", "-", name.split("/")[2])
+        return label, settings.other_server._replace(url=name)
+    if found is not None:
+        raise SettingsError(f"{settings.source.where(f'server {name}')}: [server {name}] needs a url")
+    if "://" in name:
+        raise SettingsError(f"{where}: server = {name}: only https:// is used")
+    raise SettingsError(f"{where}: server = {name}: no such CA{nearest(name, settings.servers)} Known are "
+                        f"{', '.join(settings.servers)}, or give the URL of its ACME directory")
+
+
+def load_lines(source: Source, common: Mapping[str, str], texts: Mapping[str, Mapping[str, str]],
+               options: Mapping[str, str]) -> Dict[str, str]:
+    """Where each line of each load list stands."""
+    found = {line: "--load" for line in some_lines(options.get("load", ""))}
+    for title, body in [*texts.items(), ("wucme", common)]:
+        found.update((line, source.where(title, "load", line)) for line in some_lines(body.get("load", "")))
+    return found
+
+
+def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
+    """All settings out of the ini and the options; SettingsError for the first thing wrong."""
+    texts = parse_ini(source)
+    here = Source("", "")
+    given = {scope: pick(here, "", options, scope) for scope in SCOPES}
+    common = texts.pop("wucme", {})
+    check_keys(source, "wucme", common, SCOPES)
+    merged = {scope: {**default_values(scope), **pick(source, "wucme", common, scope), **given[scope]}
+              for scope in SCOPES}
+    default = CertificateScope(**merged[CertificateScope])
+    other = ServerScope(**merged[ServerScope])
+    servers = {name: other._replace(url=url) for name, url in KNOWN_SERVERS.items()}
+    sections: Dict[str, Section] = {}
+    for title, body in texts.items():
+        kind, _, name = title.partition(" ")
+        if kind == "server" and name:
+            check_keys(source, title, body, [ServerScope])
+            base = servers.get(name, other)
+            servers[name] = base._replace(**{**pick(source, title, body, ServerScope), **given[ServerScope]})
+        else:
+            section = read_section(source, title, body, default, given[CertificateScope])
+            if file_label(title) in sections:
+                raise SettingsError(f"{source.where(title)}: [{title}] names the same certificate as "
+                                    f"[{sections[file_label(title)].title}]")
+            sections[file_label(title)] = section
+    run = RunScope(**merged[RunScope])
+    run = run._replace(directory=run.directory or default_directory())
+    run = run._replace(log=run.log or os.path.join(run.directory, "wucme.log"), host=run.host or os.uname().nodename)
+    settings = Settings(run, default, sections, servers, other, source,
+                        load_lines(source, common, texts, options))
+    for scope in [default, *(section.values for section in sections.values())]:
+        for name in scope.server:
+            find_server(settings, name)
+    return settings
+
+
+def wrapped(text: str, width: int, indent: str) -> str:
+    """Text broken into lines."""
+    import textwrap
+    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+
+
+def ini_section(title: str, texts: Mapping[str, str]) -> str:
+    """A section as an ini has it."""
+    lines = [f"[{title}]"]
+    for key, text in texts.items():
+        items = text.splitlines() if SETTINGS[key].kind is some_lines else []
+        lines += [f"{key} ={'' if items else f' {text}'}", *(f"    {item}" for item in items)]
+    return "\n".join(lines) + "\n"
+
+
+def example_ini() -> str:
+    """The shipped wucme.ini: every setting, commented out at its default."""
+    parts = [INI_HEAD]
+    titles = ("[wucme]\n# --- of the whole run ---\n", "# --- of each certificate; also in a section [NAME] ---\n",
+              "# --- of each CA; also in a section [server NAME] ---\n")
+    for title, scope in zip(titles, SCOPES):
+        parts.append(title)
+        for name, field in scope._field_defaults.items():
+            parts.append(f"{wrapped(field.help, 98, '# ')}\n# {f'{name} = {field.default}'.strip()}\n")
+    parts.append("# --- one certificate: its title is its name ---\n# [www.example.org]\n"
+                 "# names = www.example.org example.org\n# load =\n#     +nginx\n"
+                 "#     @/usr/local/sbin/cert_to_mail.sh\n")
+    return "\n".join(parts)
+
+
+def settings_help() -> str:
+    """The settings as the manual lists them."""
+    titles = ("of the run", "of a certificate", "of a CA")
+    lines = ["SETTINGS (in wucme.ini, or as options)"]
+    for title, scope in zip(titles, SCOPES):
+        lines.append(f"  {title}:")
+        for name, field in scope._field_defaults.items():
+            lines.append(f"  {name} = {field.default or field.form}" if field.default
+                         else f"  {name} = {field.form}  (no default)" if "default" not in field.help
+                         else f"  {name} = {field.form}")
+            lines.append(wrapped(field.help, 96, "      "))
+    return "\n".join(lines) + "\n"
+
+
+# === 6. inventory: what is in the directory ====================================================
+# Looks, and changes nothing. What a certificate said is remembered with size, time and inode of its
+# files, so that a run with nothing to do parses none.
+
+CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I)
+OWN_FILE = re.compile(r"wucme\.(log|lock)|wucme_[sl]_.*\.json|.*_tmp", re.I | re.S)
+
+
+class Memory(NamedTuple):
+    """What is remembered of one certificate between runs."""
+    chain: List[int] = []           # signature of the chain file that `facts` were read from
+    key: List[int] = []             # signature of the key file, and
+    key_hash: str = ""              # what public key it has
+    facts: Optional[Facts] = None
+    server: str = ""                # directory URL of the CA that issued
+    names: Tuple[str, ...] = ()     # as ordered
+    order: str = ""                 # URL of an order that is not finished
+    order_server: str = ""          # directory URL of the CA that has it
+    problem: str = ""               # why the last attempt failed
+
+
+class Entry(NamedTuple):
+    """One certificate: its files, what they say, and what the settings want of it."""
+    name: str                       # NAME, as in its state file
+    chain: str                      # path of the chain
+    key: str                        # path of the key
+    memory: Memory
+    written: Memory                 # as its state file has it
+    wanted: CertificateScope
+    own: frozenset[str] = frozenset()
+    facts: Optional[Facts] = None
+    fits: bool = False              # whether the key is the certificate's
+    fault: str = ""                 # why the files cannot be used
+
+    @property
+    def title(self) -> str:
+        """What to call it in a message: the first of its names."""
+        names = self.wanted.names or (self.facts.names if self.facts else ())
+        return names[0] if names else self.name
+
+    @property
+    def whole(self) -> bool:
+        """Whether certificate and key are there and fit."""
+        return self.facts is not None and self.fits
+
+
+class Inventory(NamedTuple):
+    """The directory as it was found: how many files, and its certificates by NAME."""
+    files: int
+    entries: Dict[str, Entry]
+
+
+def state_path(directory: str, name: str) -> str:
+    """Where the memory of one certificate is kept."""
+    return os.path.join(directory, f"wucme_s_{name.lower()}.json")
+
+
+def read_json(path: str) -> Json:
+    """A state file; what is not there, torn, or foreign counts as empty."""
+    try:
+        found = json.loads(read(path, 1 << 26))
+    except (FileError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_memory(path: str) -> Memory:
+    """The memory of one certificate; whatever does not look as it should is forgotten."""
+    found = read_json(path)
+    kept = {key: found[key] for key, default in Memory._field_defaults.items()
+            if key in found and key not in ("facts", "names") and isinstance(found[key], type(default))}
+    about, names = found.get("facts"), found.get("names")
+    if isinstance(about, list) and len(about) == len(Facts._fields) and isinstance(about[0], list):
+        kept["facts"] = Facts(tuple(about[0]), *about[1:])
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        kept["names"] = tuple(names)
+    return Memory(**kept)
+
+
+def look(entry: Entry) -> Entry:
+    """The entry with what its two files say, from memory where they have not changed."""
+    memory = entry.memory
+    chain, key = signature(entry.chain), signature(entry.key)
+    if memory.facts is None or memory.chain != chain or not chain:
+        try:
+            memory = memory._replace(chain=chain, facts=facts(read(entry.chain)))
+        except (FileError, PemError) as error:
+            about = f"{entry.chain}: {error}" if isinstance(error, PemError) else str(error)
+            return entry._replace(facts=None, fault=about, memory=memory._replace(chain=[], facts=None))
+    fault = ""
+    if memory.key != key or not key or not memory.key_hash:
+        try:
+            memory = memory._replace(key=key, key_hash=key_hash(parse_key(read(entry.key)).public_key()))
+        except (FileError, PemError) as error:
+            fault = f"{entry.key}: {error}" if isinstance(error, PemError) else str(error)
+            memory = memory._replace(key=[], key_hash="")
+    assert memory.facts is not None
+    return entry._replace(memory=memory, facts=memory.facts, fits=memory.key_hash == memory.facts.key, fault=fault)
+
+
+def key_spelling(name: str) -> str:
+    """The file name of the key that goes with a chain's, in the same spelling: WUCME_C_X, WUCME_K_X."""
+    return f"{name[:6]}{'K' if name[6] == 'C' else 'k'}{name[7:]}"
+
+
+def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
+    """Every certificate of a directory, found or declared; other files are counted and left alone."""
+    found: List[str] = []
+    present: Dict[str, str] = {}
+    files = 0
+    with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext(()) as listing:
+        for item in listing:
+            name = item.name
+            if item.is_dir(follow_symlinks=False) or OWN_FILE.fullmatch(name):
+                continue
+            files += 1
+            if name[:6].lower() == "wucme_":
+                present[name.lower()] = name
+                if CERTIFICATE_FILE.fullmatch(name):
+                    found.append(name)
+    by_stem = {alias: section for label, section in sections.items() for alias in (label.replace(".", "_"), label)}
+    entries: Dict[str, Entry] = {}
+    declared = set()
+    for name in sorted(found):
+        stem = name[8:-4].lower()
+        section = by_stem.get(stem)
+        key = present.get(key_spelling(name).lower(), key_spelling(name))
+        memory = read_memory(state_path(directory, stem))
+        entries[stem] = look(Entry(stem, os.path.join(directory, name), os.path.join(directory, key), memory, memory,
+                                   section.values if section else default,
+                                   section.own if section else frozenset()))
+        declared.add(section.title if section else "")
+    for label, section in sections.items():
+        if section.title not in declared:
+            paths = [os.path.join(directory, f"wucme_{kind}_{label}.pem") for kind in "ck"]
+            memory = read_memory(state_path(directory, label))
+            entries[label] = Entry(label, paths[0], paths[1], memory, memory, section.values, section.own)
+    return Inventory(files, entries)
+
+
+# === 7. plan: which certificates are due =======================================================
+# Pure: no clock, no disk, no network. The first reason that holds is the one that is given.
+
+class Decision(NamedTuple):
+    """What to do about one certificate, why, and when it would be due by its dates alone."""
+    entry: Entry
+    due: bool
+    reason: str
+    renew_at: float
+
+
+def renewal_time(about: Facts, rule: Renewal) -> float:
+    """The instant at which `renew` wants a certificate renewed; never is the end of time."""
+    lifetime = about.not_after - about.not_before
+    if rule.seconds is not None:
+        return about.not_after - rule.seconds
+    if rule.share is not None:
+        return about.not_after - lifetime * rule.share
+    if rule.auto:
+        return about.not_after - lifetime / (2 if lifetime < 10 * 86400 else 3)
+    return float("inf")
+
+
+def wanted_names(entry: Entry) -> Tuple[str, ...]:
+    """The names that a new certificate should have: those of the settings, else those it has."""
+    return entry.wanted.names or (entry.facts.names if entry.facts else ())
+
+
+def changed(entry: Entry, about: Facts) -> str:
+    """How a certificate differs from what its own section asks for, or ""."""
+    ordered = entry.memory.names or about.names
+    if "names" in entry.own and set(entry.wanted.names) not in (set(ordered), set(about.names)):
+        return f"its names are now {' '.join(entry.wanted.names)}"
+    if "key" in entry.own and about.kind != entry.wanted.key:
+        return f"its key should be {entry.wanted.key}, and is {about.kind}"
+    return ""
+
+
+def days(seconds: float) -> int:
+    """Whole days, truncated toward zero."""
+    return int(seconds / 86400) if abs(seconds) < 1e12 else 0
+
+
+def decide(entry: Entry, now: float, forced: bool = False) -> Decision:
+    """Whether a certificate is due, with the reason in words."""
+    about = entry.facts
+    if about is None:
+        if not wanted_names(entry):
+            return Decision(entry, False, entry.fault, float("inf"))
+        return Decision(entry, True, entry.fault if entry.fault else "declared, and not there yet", now)
+    at = renewal_time(about, entry.wanted.renew)
+    if forced:
+        return Decision(entry, True, "forced", at)
+    if not entry.fits:
+        return Decision(entry, True, entry.fault or "its key does not fit the certificate", at)
+    difference = changed(entry, about)
+    if difference:
+        return Decision(entry, True, difference, at)
+    if now >= at:
+        ended = "expired" if now >= about.not_after else f"expires in {days(about.not_after - now)} days"
+        return Decision(entry, True, ended, at)
+    return Decision(entry, False, "", at)
+
+
+def dates(decision: Decision, now: float) -> str:
+    """The line that shows the dates of a certificate, and the days to its end and to its renewal."""
+    about = decision.entry.facts
+    if about is None:
+        return f"{decision.entry.title}: {decision.reason}"
+    renew = "never" if decision.renew_at == float("inf") else str(days(decision.renew_at - now))
+    return (f"{decision.entry.title} !before: {gmt(about.not_before)} !after: {gmt(about.not_after)} "
+            f"expires: {days(about.not_after - now)} renew: {renew}")
+
+
+# === 8. challenges: how the CA's question is answered ==========================================
+# A token is answered from memory, by exact name, whatever Host and prefix the question came with.
+# Each is in tokens/ too while its order runs. Sockets have a deadline, and the oldest goes first.
+
+WELL_KNOWN = "/.well-known/acme-challenge/"
+TOKEN = re.compile(r"[A-Za-z0-9_-]{1,256}")
+OPEN_CONNECTIONS = 256
+CONNECTION_SECONDS = 10.0
+REQUEST_BYTES = 8192
+
+
+class Answers:
+    """The tokens that are published now, and which of them the CA has asked for."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = os.path.join(directory, "tokens")
+        self.texts: Dict[str, str] = {}
+        self.asked: Dict[str, threading.Event] = {}
+
+    def publish(self, token: str, text: str, asked: threading.Event) -> None:
+        """Answer this token from now on; the event is set whenever it is asked for."""
+        make_directory(self.directory)
+        create(os.path.join(self.directory, token), text.encode(), Owner(0o644, -1, -1))
+        self.texts[token], self.asked[token] = text, asked
+
+    def withdraw(self, token: str) -> None:
+        """Answer this token no more."""
+        self.texts.pop(token, None)
+        self.asked.pop(token, None)
+        remove(os.path.join(self.directory, token))
+
+    def find(self, target: str) -> Optional[str]:
+        """The answer to a request target, absolute or prefixed; None for what is not published."""
+        before, found, token = target.partition("?")[0].rpartition(WELL_KNOWN)
+        text = self.texts.get(token) if found else None
+        asked = self.asked.get(token)
+        if text is not None and asked is not None:
+            log.detail(f"challenge {token} asked for at {before}{WELL_KNOWN}")
+            asked.set()
+        return text
+
+
+class Guests:
+    """The open connections of a listener: so many, each for so long; the oldest makes room."""
+
+    def __init__(self) -> None:
+        import threading
+        self.open: Dict[Any, float] = {}
+        self.guard = threading.Lock()
+
+    def admit(self, guest: Any) -> None:
+        """A new connection."""
+        with self.guard:
+            while len(self.open) >= OPEN_CONNECTIONS:
+                self.dismiss(next(iter(self.open)))
+            self.open[guest] = time.monotonic() + CONNECTION_SECONDS
+
+    def dismiss(self, guest: Any) -> None:
+        """Cut a connection; its thread sees the end of it."""
+        del self.open[guest]
+        with contextlib.suppress(OSError):
+            guest.shutdown(2)
+
+    def dismiss_late(self) -> None:
+        """Cut those whose time is over."""
+        with self.guard:
+            for late in [guest for guest, until in self.open.items() if until < time.monotonic()]:
+                self.dismiss(late)
+
+    def forget(self, guest: Any) -> None:
+        """A connection that has ended."""
+        with self.guard:
+            self.open.pop(guest, None)
+
+
+class Capped:
+    """A request that ends after so many bytes, whatever its sender goes on to send."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.left = REQUEST_BYTES
+
+    def readline(self, limit: int = -1) -> bytes:
+        """The next line, as far as the budget goes."""
+        line: bytes = self.stream.readline(self.left if limit < 0 else min(limit, self.left))
+        self.left -= len(line)
+        return line
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def listener_class() -> Any:
+    """The listening server, made on the days when it is needed."""
+    import http.server
+    import socket
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 5                     # between two packets; Guests have a total
+
+        def setup(self) -> None:
+            super().setup()
+            self.rfile = cast(Any, Capped(self.rfile))
+
+        def do_GET(self) -> None:
+            body = (cast(Any, self.server).answers.find(self.path) or "").encode()
+            self.send_response_only(200 if body else 404)
+            self.send_header("Content-Type", "application/octet-stream")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+        daemon_threads, block_on_close, request_queue_size = True, False, 128
+
+        def __init__(self, family: int, address: Tuple[str, int], answers: Answers) -> None:
+            self.address_family, self.answers, self.guests = family, answers, Guests()
+            super().__init__(address, Handler)
+
+        def server_bind(self) -> None:
+            # Not HTTPServer's, which waits for a resolver to name this host.
+            if self.address_family == socket.AF_INET6:
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            socketserver.TCPServer.server_bind(self)
+            self.server_name, self.server_port = "", self.server_address[1]
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            self.guests.admit(request)
+            super().process_request(request, client_address)
+
+        def service_actions(self) -> None:
+            self.guests.dismiss_late()
+
+        def shutdown_request(self, request: Any) -> None:
+            self.guests.forget(request)
+            super().shutdown_request(request)
+
+        def handle_error(self, *_: Any) -> None:
+            """A caller that goes away is no error of ours."""
+
+    return Server
+
+
+def listen_reason(host: str, port: int, error: OSError) -> str:
+    """Why an address cannot be listened on, and what to do."""
+    what = f"cannot listen on {host}:{port}"
+    if error.errno == errno.EADDRINUSE:
+        holder = port_holder(port)
+        return (f"{what}: in use{f' by {holder}' if holder else ''}; listen on another port and let that server "
+                f"pass {WELL_KNOWN} on to it")
+    if error.errno == errno.EACCES:
+        return (f"{what}: not permitted; run as root, or listen on a port from 1024 on that a router or server "
+                "passes to")
+    return f"{what}: {error.strerror}"
+
+
+class Listener:
+    """The listeners of one address, answering until closed."""
+
+    def __init__(self, host: str, port: int, answers: Answers) -> None:
+        import socket
+        import threading
+        server = listener_class()
+        self.servers: List[Any] = []
+        families = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")] if not host else \
+            [(socket.AF_INET6 if ":" in host else socket.AF_INET, host)]
+        try:
+            for family, address in families:
+                try:
+                    self.servers.append(server(family, (address, port), answers))
+                except OSError as error:
+                    # A host without IPv6 listens on IPv4 alone.
+                    if host or family != socket.AF_INET6 or error.errno in (errno.EADDRINUSE, errno.EACCES):
+                        raise
+        except OSError as error:
+            self.close()
+            raise ListenerError(listen_reason(host, port, error)) from error
+        for one in self.servers:
+            threading.Thread(target=one.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more."""
+        for one in self.servers:
+            one.server_close()
+
+
+def open_listeners(addresses: Iterable[Tuple[str, int]], answers: Answers) -> Dict[Tuple[str, int], Any]:
+    """For each address its Listener, or the ListenerError that says why there is none."""
+    found: Dict[Tuple[str, int], Any] = {}
+    for address in addresses:
+        if address not in found:
+            try:
+                found[address] = Listener(*address, answers)
+            except ListenerError as error:
+                found[address] = error
+    return found
+
+
+# === 9. acme: the protocol, RFC 8555 ===========================================================
+# One type for each object of the RFC, one function for each operation. All that a CA sends is taken
+# for hostile: every URL is https and of the CA's own host, every token is checked, nothing is endless.
+
+NONCE_TRIES = 20
+FAULT_TRIES = 3
+POLL_SECONDS = (0.25, 5.0)      # the first and the longest pause between two looks, unless the CA says,
+ASKED_SECONDS = 0.02            # and the first one after the CA has asked for an answer
+REMEDIES = {
+    "connection": "the CA could not reach this host: port 80 of the name must lead to the listener",
+    "dns": "the name does not resolve for the CA: look at its A, AAAA and CAA records",
+    "unauthorized": "something else answered on port 80 of the name: look where it leads, also its AAAA address",
+    "incorrectResponse": "something else answered on port 80 of the name: look where it leads",
+    "caa": "a CAA record of the name forbids this CA: change the record or the server",
+    "rejectedIdentifier": "this CA gives no certificate for such a name",
+    "unsupportedIdentifier": "this CA gives no certificate for such a name",
+    "rateLimited": "wait as it says; issue with --staging while trying things out",
+    "externalAccountRequired": "this CA wants an account made on its web site first",
+    "userActionRequired": "read and agree to the terms that it names",
+    "invalidContact": "set contact to a mail address that receives mail",
+    "accountDoesNotExist": "the account key is unknown there; was it made with another CA?",
+}
+
+
+class Directory(NamedTuple):
+    """Where a CA's operations are (section 7.1.1)."""
+    new_nonce: str
+    new_account: str
+    new_order: str
+    terms: str
+
+
+class Order(NamedTuple):
+    """An order (section 7.1.3)."""
+    url: str
+    status: str
+    authorizations: Tuple[str, ...]
+    finalize: str
+    certificate: str
+    error: Json
+
+
+class Challenge(NamedTuple):
+    """A challenge of a kind that is answered here (section 7.1.5)."""
+    url: str
+    token: str
+
+
+class Authorization(NamedTuple):
+    """An authorization (section 7.1.4)."""
+    name: str
+    status: str
+    challenge: Optional[Challenge]
+    errors: Tuple[Json, ...]
+
+
+def encode(data: bytes) -> str:
+    """base64url without padding (section 6.1)."""
+    import base64
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def json_web_key(key: PrivateKey) -> Dict[str, str]:
+    """The public half of an account key as a JWK, with the members in the order of RFC 7638."""
+    numbers: Any = key.public_key().public_numbers()
+    if hasattr(numbers, "n"):
+        parts = [numbers.e.to_bytes((numbers.e.bit_length() + 7) // 8, "big"),
+                 numbers.n.to_bytes((numbers.n.bit_length() + 7) // 8, "big")]
+        return {"e": encode(parts[0]), "kty": "RSA", "n": encode(parts[1])}
+    size = (key.key_size + 7) // 8
+    return {"crv": f"P-{key.key_size}", "kty": "EC",
+            "x": encode(numbers.x.to_bytes(size, "big")), "y": encode(numbers.y.to_bytes(size, "big"))}
+
+
+def thumbprint(key: PrivateKey) -> str:
+    """The account key's thumbprint (RFC 7638), which every key authorization ends in."""
+    import hashlib
+    return encode(hashlib.sha256(json.dumps(json_web_key(key), separators=(",", ":")).encode()).digest())
+
+
+def jws_algorithm(key: PrivateKey) -> str:
+    """The JWS algorithm of an account key (RFC 7518 section 3.1)."""
+    return {"rsa": "RS256", "ecdsa-p256": "ES256", "ecdsa-p384": "ES384"}.get(
+        "rsa" if hasattr(key, "decrypt") else key_kind(key.public_key()), "ES512")
+
+
+def sign(key: PrivateKey, data: bytes) -> bytes:
+    """A JWS signature; for EC the two numbers side by side, not DER (RFC 7518 section 3.4)."""
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, utils
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        return key.sign(data, padding.PKCS1v15(), hashes.SHA256())
+    digest = {256: hashes.SHA256(), 384: hashes.SHA384()}.get(key.key_size, hashes.SHA512())
+    size = (key.key_size + 7) // 8
+    r, s = utils.decode_dss_signature(key.sign(data, ec.ECDSA(digest)))
+    return r.to_bytes(size, "big") + s.to_bytes(size, "big")
+
+
+def signed(key: PrivateKey, header: Json, payload: Optional[Json]) -> bytes:
+    """A flattened JWS (section 6.2); payload None is a POST-as-GET (section 6.3)."""
+    protected = encode(json.dumps({"alg": jws_algorithm(key), **header}).encode())
+    body = "" if payload is None else encode(json.dumps(payload).encode())
+    signature = encode(sign(key, f"{protected}.{body}".encode()))
+    return json.dumps({"protected": protected, "payload": body, "signature": signature}).encode()
+
+
+def asked_wait(response: Response, now: float) -> float:
+    """Seconds that the CA asks to wait, 0 where it does not say: a number or a date (RFC 9110)."""
+    import email.utils
+    value = (response.headers.get("Retry-After") or "").strip()
+    if value.isdigit():
+        return float(min(int(value[:12]), 10 ** 9))
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+def read_object(response: Response, url: str) -> Json:
+    """The JSON object of an answer; NetworkError names what came instead."""
+    try:
+        found = json.loads(response.body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        start = response.body[:60].decode("utf-8", "replace")
+        raise NetworkError(f"{url}: no JSON object came, but {len(response.body)} bytes: {printable(start)!r}")
+    return found
+
+
+def problem_kind(problem: Json) -> str:
+    """The type of a problem document without its prefix (section 6.7)."""
+    return str(problem.get("type") or "").rpartition(":")[2]
+
+
+def problem_text(problem: Json) -> str:
+    """A problem document on one line, with what it says of each name (section 6.7.1), and a remedy."""
+    texts = [f"{problem_kind(problem) or 'refused'}: {problem.get('detail') or 'no detail given'}"]
+    parts = problem.get("subproblems")
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, dict):
+            who = part.get("identifier")
+            name = who.get("value") if isinstance(who, dict) else "?"
+            texts.append(f"{name}: {problem_kind(part)}: {part.get('detail')}")
+    remedy = REMEDIES.get(problem_kind(problem))
+    return printable("; ".join(texts)[:2000]) + (f" ({remedy})" if remedy else "")
+
+
+class Client:
+    """One account at one CA; used by several workers, each with a connection of its own."""
+
+    def __init__(self, url: str, key: PrivateKey, world: World, connect: Callable[[], Http]) -> None:
+        import collections
+        import threading
+        self.url = url
+        self.key = key
+        self.world = world
+        self.connect = connect
+        self.account = ""
+        self.local = threading.local()
+        self.guard = threading.Lock()
+        self.nonces: collections.deque[str] = collections.deque(maxlen=64)
+        self.directory = self.fetch_directory()
+
+    @property
+    def http(self) -> Http:
+        """The connection of this thread."""
+        if not hasattr(self.local, "http"):
+            self.local.http = self.connect()
+        return cast(Http, self.local.http)
+
+    def send(self, method: str, url: str, body: Optional[bytes] = None) -> Response:
+        """One request; keeps the nonce that comes back, whatever else does (section 6.5)."""
+        headers = {"Content-Type": "application/jose+json"} if body is not None else {}
+        response = self.http.request(method, url, body, headers)
+        log.detail(f"{method} {url}: {response.status}")
+        nonce = response.headers.get("Replay-Nonce") or ""
+        if TOKEN.fullmatch(nonce):
+            self.nonces.append(nonce)
+        if 300 <= response.status < 400:
+            target = printable(response.headers.get("Location") or "nowhere")
+            raise NetworkError(f"{url}: redirects to {target}; redirects are not followed, give the right URL")
+        return response
+
+    def fetch_directory(self) -> Directory:
+        """The directory of the CA."""
+        log(f"fetching directory at {self.url}")
+        response = self.send("GET", self.url)
+        if response.status != 200:
+            raise NetworkError(f"{self.url}: HTTP status {response.status} where an ACME directory should be")
+        found = read_object(response, self.url)
+        meta = found.get("meta")
+        terms = meta.get("termsOfService") if isinstance(meta, dict) else ""
+        urls = [self.own_url(found.get(key), key) for key in ("newNonce", "newAccount", "newOrder")]
+        return Directory(urls[0], urls[1], urls[2], printable(str(terms or "")))
+
+    def own_url(self, value: object, what: str) -> str:
+        """A URL that the CA gave, if it is https and of the CA's host."""
+        import urllib.parse
+        try:
+            at, own = urllib.parse.urlsplit(str(value)), urllib.parse.urlsplit(self.url)
+            if isinstance(value, str) and value.isascii() and (at.scheme, at.netloc) == ("https", own.netloc):
+                return value
+        except ValueError:
+            pass
+        raise NetworkError(f"{self.url}: the CA gave {printable(repr(value))[:100]} as its {what}, "
+                           "not an https URL of its own host")
+
+    def nonce(self) -> str:
+        """A fresh nonce (section 7.2)."""
+        if not self.nonces:
+            self.send("HEAD", self.directory.new_nonce)
+        try:
+            return self.nonces.pop()
+        except IndexError:
+            raise NetworkError(f"{self.directory.new_nonce}: the CA gave no nonce") from None
+
+    def post(self, url: str, payload: Optional[Json], until: float = float("inf"), by_key: bool = False) -> Response:
+        """A signed request, sent again for a refused nonce or a passing fault; AcmeError for a refusal."""
+        identity: Json = {"jwk": json_web_key(self.key)} if by_key else {"kid": self.account}
+        faults, problem, response = 0, {}, None
+        for _ in range(NONCE_TRIES):
+            body = signed(self.key, {**identity, "nonce": self.nonce(), "url": url}, payload)
+            response = self.send("POST", url, body)
+            if response.status < 400:
+                return response
+            try:
+                problem = read_object(response, url)
+            except NetworkError:
+                problem = {"detail": f"HTTP status {response.status} from {url}"}
+            if problem_kind(problem) == "badNonce":
+                continue
+            wait = asked_wait(response, self.world.now())
+            faults += 1
+            pause = max(wait, 0.5 * faults)
+            if response.status < 500 or faults == FAULT_TRIES or self.world.monotonic() + pause > until:
+                raise self.refusal(response, problem, wait)
+            self.world.sleep(pause)
+        assert response is not None
+        raise self.refusal(response, problem, 0)
+
+    def refusal(self, response: Response, problem: Json, wait: float) -> WucmeError:
+        """The error for an answer that says no, or for a CA that is out of order."""
+        if response.status >= 500 and problem_kind(problem) != "rateLimited":
+            return NetworkError(f"{self.url}: the CA is out of order: {problem_text(problem)}")
+        return AcmeError(problem_text(problem), problem_kind(problem), wait)
+
+    def register(self, contact: Sequence[str], agreed: bool) -> str:
+        """The URL of this key's account, made if `agreed` and there is none yet; "" if there is none (7.3)."""
+        payload: Json = {"termsOfServiceAgreed": True} if agreed else {"onlyReturnExisting": True}
+        if contact and agreed:
+            payload["contact"] = [f"mailto:{address}" for address in contact]
+        log(f"retrieving account at {self.directory.new_account}")
+        try:
+            response = self.post(self.directory.new_account, payload, by_key=True)
+        except AcmeError as error:
+            if error.kind == "accountDoesNotExist" and not agreed:
+                return ""
+            raise
+        self.account = self.own_url(response.headers.get("Location"), "account")
+        log(f"account location: {self.account}")
+        return self.account
+
+    def register_again(self, lost: str, contact: Sequence[str]) -> None:
+        """Make the account anew with the same key, once, when the CA has lost it."""
+        with self.guard:
+            if self.account == lost:
+                self.register(contact, True)
+
+    def new_order(self, names: Sequence[str]) -> Order:
+        """A new order for these names (section 7.4)."""
+        identifiers = [{"type": "ip" if is_address(name) else "dns", "value": name} for name in names]
+        response = self.post(self.directory.new_order, {"identifiers": identifiers})
+        url = self.own_url(response.headers.get("Location"), "order")
+        return self.parse_order(url, read_object(response, url), names)
+
+    def fetch_order(self, url: str, names: Sequence[str]) -> Tuple[Order, float]:
+        """An order as it stands now, and the seconds to wait before the next look."""
+        response = self.post(url, None)
+        return self.parse_order(url, read_object(response, url), names), asked_wait(response, self.world.now())
+
+    def parse_order(self, url: str, found: Json, names: Sequence[str]) -> Order:
+        """An order, if it is for the names that were asked for and no larger than they need."""
+        parts = found.get("identifiers")
+        values = {str(part.get("value")).lower() for part in (parts if isinstance(parts, list) else [])
+                  if isinstance(part, dict)}
+        if values != set(names):
+            raise NetworkError(f"{url}: the CA made an order for {printable(' '.join(sorted(values)))[:200]}, "
+                               f"not for {' '.join(names)}")
+        urls = found.get("authorizations")
+        if not isinstance(urls, list) or not 1 <= len(urls) <= len(names):
+            raise NetworkError(f"{url}: the CA wants {len(urls) if isinstance(urls, list) else 'no'} "
+                               f"authorizations for {len(names)} names")
+        certificate, error = found.get("certificate"), found.get("error")
+        return Order(url, str(found.get("status")), tuple(self.own_url(one, "authorization") for one in urls),
+                     self.own_url(found.get("finalize"), "finalize"),
+                     self.own_url(certificate, "certificate") if certificate else "",
+                     error if isinstance(error, dict) else {})
+
+    def authorization(self, url: str, names: Sequence[str]) -> Authorization:
+        """An authorization, with its http-01 challenge; others are passed over (section 7.5)."""
+        found = read_object(self.post(url, None), url)
+        who = found.get("identifier")
+        name = str(who.get("value") if isinstance(who, dict) else "").lower()
+        if name not in {one[2:] if one.startswith("*.") else one for one in names}:
+            raise NetworkError(f"{url}: the CA wants an authorization for {printable(name)[:100]!r}, not asked for")
+        challenge, errors = None, []
+        listed = found.get("challenges")
+        for one in listed if isinstance(listed, list) else []:
+            if not isinstance(one, dict):
+                continue
+            if isinstance(one.get("error"), dict):
+                errors.append(one["error"])
+            if one.get("type") == "http-01":
+                token = one.get("token")
+                if not isinstance(token, str) or not TOKEN.fullmatch(token):
+                    raise NetworkError(f"{url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
+                challenge = Challenge(self.own_url(one.get("url"), "challenge"), token)
+        return Authorization(name, str(found.get("status")), challenge, tuple(errors))
+
+    def settle(self, order: Order, names: Sequence[str], busy: Sequence[str], until: float,
+               asked: Optional[threading.Event] = None) -> Order:
+        """Look at an order until it leaves the `busy` states; NetworkError at the deadline (section 7.4)."""
+        pause, wait = POLL_SECONDS[0], 0.0
+        while True:
+            if asked is not None and asked.wait(pause):
+                asked.clear()
+                pause = ASKED_SECONDS
+            order, wait = self.fetch_order(order.url, names)
+            if order.status not in busy:
+                return order
+            if self.world.monotonic() + max(wait, pause) > until:
+                raise NetworkError(f"the CA left the order {order.status} until the deadline; a later run goes on "
+                                   f"with it ({order.url})")
+            if asked is None or wait:
+                self.world.sleep(max(wait, pause))
+            pause = min(pause * 2, POLL_SECONDS[1])
+
+    def complaint(self, order: Order, names: Sequence[str]) -> AcmeError:
+        """Why an order turned invalid, name by name."""
+        problems = [(f"{found.name}: ", problem) for found in
+                    (self.authorization(url, names) for url in order.authorizations) for problem in found.errors]
+        problems = problems or [("", order.error)]
+        return AcmeError("; ".join(f"{who}{problem_text(problem)}" for who, problem in problems),
+                         problem_kind(problems[0][1]))
+
+
+def authorize(client: Client, order: Order, names: Sequence[str], answers: Answers, until: float) -> Order:
+    """Prove control of every name of an order; the order comes back as the CA left it (section 7.5)."""
+    import threading
+    if order.status != "pending":
+        return order
+    pending, asked = [], threading.Event()
+    for url in order.authorizations:
+        log(f"{names[0]}: retrieving authorization at {url}")
+        found = client.authorization(url, names)
+        if found.status != "pending":
+            continue
+        if found.challenge is None:
+            raise ListenerError(f"{found.name}: the CA offers no http-01 challenge for it")
+        pending.append(found.challenge)
+    try:
+        for one in pending:
+            answers.publish(one.token, f"{one.token}.{thumbprint(client.key)}", asked)
+        for one in pending:
+            log(f"{names[0]}: starting challenge at {one.url}")
+            client.post(one.url, {}, until)
+        log(f"{names[0]}: polling order status at {order.url}")
+        return client.settle(order, names, ("pending",), until, asked if pending else None)
+    finally:
+        for one in pending:
+            answers.withdraw(one.token)
+
+
+def finish(client: Client, order: Order, names: Sequence[str], key: PrivateKey, until: float) -> bytes:
+    """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
+    if order.status == "ready":
+        log(f"{names[0]}: finalizing order at {order.finalize}")
+        client.post(order.finalize, {"csr": encode(signing_request(key, names))}, until)
+        order = client.settle(order, names, ("processing", "ready"), until)
+    elif order.status == "processing":
+        order = client.settle(order, names, ("processing",), until)
+    if order.status == "invalid":
+        raise client.complaint(order, names)
+    if order.status != "valid" or not order.certificate:
+        raise NetworkError(f"{order.url}: the CA calls the order {printable(order.status)[:40]!r} and "
+                           "gives no certificate")
+    log(f"{names[0]}: retrieving certificate at {order.certificate}")
+    return client.post(order.certificate, None, until).body
+
+
+# === 10. store: how a new certificate becomes the live one ======================================
+# A switch is a list of steps, made first and done after, each one whole by itself: at every instant
+# both live paths hold a pair that fits. Recovery has nothing of its own to do but to sweep.
+
+class Step(NamedTuple):
+    """One thing to do, in words and as a call of the files section."""
+    text: str
+    act: Callable[..., None]
+    arguments: Tuple[Any, ...]
+
+    def do(self) -> None:
+        """Do it."""
+        self.act(*self.arguments)
+
+
+def put(path: str, data: bytes, like: Owner) -> List[Step]:
+    """The steps that replace the content of a live path."""
+    return [Step(f"saving to {path}_tmp", create, (f"{path}_tmp", data, like)),
+            Step(f"renaming {path}_tmp to {path}", rename, (f"{path}_tmp", path))]
+
+
+def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> List[Step]:
+    """The steps that make a checked chain and its key the live pair of an entry."""
+    chain_pem = b"".join(certificates(chain))
+    old_key = private_key(read(entry.key)) if entry.whole else b""
+    linked = os.path.islink(entry.key)
+    same = entry.whole and old_key == private_key(key)
+    steps = [Step(f"backed up {path} as {path}_{stamp}", back_up, (path, f"{path}_{stamp}"))
+             for path, wanted in ((entry.key, not same and not linked), (entry.chain, True))
+             if wanted and os.path.exists(path)]
+    public = owner(entry.chain, 0o644)
+    secret = owner(entry.key, 0o600)
+    if linked:
+        public = public._replace(mode=0o644)
+    plain = put(entry.chain, chain_pem, public)
+    if same and not linked and not entry.wanted.rotate:
+        return steps + plain
+    if not entry.whole and not entry.wanted.rotate:
+        return steps + put(entry.key, key, secret) + plain
+    # The key changes under a live pair: through one file that holds both, and a link to it.
+    if entry.whole and not linked:
+        steps += put(entry.chain, old_key + b"".join(certificates(read(entry.chain))), secret)
+    if not entry.whole:
+        steps += put(entry.chain, key + chain_pem, secret)
+    if not linked:
+        steps.append(Step(f"linking {entry.key} to {entry.chain}", link,
+                          (os.path.basename(entry.chain), entry.key, f"{entry.chain}_tmp")))
+    if entry.whole:
+        steps += put(entry.chain, key + chain_pem, secret)
+    if not entry.wanted.rotate:
+        steps += put(entry.key, key, secret) + plain
+    return steps
+
+
+def prune(path: str, keep: int) -> None:
+    """Delete all but the newest backups of a live path."""
+    directory, base = os.path.split(path)
+    form = re.compile(re.escape(base) + r"_\d{16}")
+    for name in sorted((name for name in os.listdir(directory) if form.fullmatch(name)), reverse=True)[keep:]:
+        remove(os.path.join(directory, name))
+
+
+def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
+    """Write the memory of a certificate, if it is other than what is written already."""
+    memory = entry.memory._replace(**changes)
+    if memory != entry.written:
+        replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
+    return entry._replace(memory=memory, written=memory)
+
+
+def sweep(directory: str, kept: Iterable[str]) -> List[str]:
+    """Delete what a killed run left: files never made live, but for those kept, and published tokens."""
+    keep = set(kept)
+    stale = [os.path.join(directory, name) for name in os.listdir(directory)
+             if name[:6].lower() == "wucme_" and name.endswith("_tmp")]
+    tokens = os.path.join(directory, "tokens")
+    if os.path.isdir(tokens):
+        stale += [os.path.join(tokens, name) for name in os.listdir(tokens)]
+    gone = [path for path in stale if path not in keep]
+    for path in gone:
+        remove(path)
+    return gone
+
+
+class Account(NamedTuple):
+    """Where the account at one CA is kept."""
+    key: str
+    state: str
+
+
+def account_files(directory: str, server: str, url: str, first: bool) -> Account:
+    """The account files of a CA: the plain ones if they are recorded as its own, or as nobody's if it is first."""
+    names = {name.lower(): name for name in os.listdir(directory)}
+    plain = Account(os.path.join(directory, names.get("wucme_k_account.pem", "wucme_k_account.pem")),
+                    state_path(directory, "account"))
+    recorded = read_json(plain.state).get("directory")
+    if recorded == url or (first and not isinstance(recorded, str)):
+        return plain
+    return Account(os.path.join(directory, f"wucme_k_account_{server}.pem"),
+                   state_path(directory, f"account_{server}"))
+
+
+# === 11. load: what is owed to the servers ======================================================
+# An item is owed by this host as long as the certificate on disk is not the one that it last did
+# with success. There is no other way in which anything is loaded.
+
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
+
+
+class Standard(NamedTuple):
+    """A server that `+` knows: how to find it, test its configuration, and have it read its files again."""
+    commands: Tuple[str, ...]           # names of its processes
+    test: Tuple[str, ...]
+    options: str                        # those of its own options (with a value) that the test must repeat
+    reload: signal.Signals
+
+
+STANDARD = {
+    "nginx": Standard(("nginx",), ("-t", "-q"), "cp", signal.SIGHUP),
+    "apache": Standard(("apache2", "httpd"), ("-t",), "dfDCc", signal.SIGUSR1),
+}
+
+
+class Item(NamedTuple):
+    """One item of a load list, and where it stands."""
+    text: str
+    argv: Tuple[str, ...]
+    where: str
+
+    @property
+    def once(self) -> bool:
+        """Whether it is done once for all certificates."""
+        return self.text[0] == "+"
+
+
+def parse_item(text: str, where: str) -> Item:
+    """One line of a load list; SettingsError for what can never work."""
+    import shlex
+    sign, rest = text[0], text[1:].strip()
+    if sign == "+" and (not rest or rest in STANDARD):
+        return Item(text, (rest,) if rest else tuple(STANDARD), where)
+    if sign == "+":
+        raise SettingsError(f"{where}: {text}: no such server{nearest(rest, STANDARD)} "
+                            f"+ knows {', '.join(STANDARD)}")
+    if sign == "$" and rest:
+        return Item(text, ("/bin/sh", "-c", rest), where)
+    if sign == "@":
+        try:
+            argv = shlex.split(rest)
+        except ValueError as error:
+            raise SettingsError(f"{where}: {text}: {error}") from error
+        if argv and argv[0].startswith("/"):
+            return Item(text, tuple(argv), where)
+        raise SettingsError(f"{where}: {text}: @ needs the whole path of a file")
+    raise SettingsError(f"{where}: {printable(text)}: an item of load begins with + (known servers), "
+                        "@ (a procedure) or $ (a shell command)")
+
+
+class Loaded(NamedTuple):
+    """What one item was last done for, and what is wrong since when."""
+    fingerprint: str = ""
+    problem: str = ""
+    since: float = 0.0
+
+
+def machine_id() -> str:
+    """A digest of what makes this machine this machine."""
+    import hashlib
+    try:
+        text = read("/etc/machine-id")
+    except FileError:
+        text = os.uname().nodename.encode()
+    return hashlib.sha256(b"wucme " + text).hexdigest()[:32]
+
+
+class Ledger:
+    """What this host has loaded, by certificate and item; written down as it happens."""
+
+    def __init__(self, directory: str, host: str) -> None:
+        self.path = os.path.join(directory, f"wucme_l_{host}.json")
+        self.machine = machine_id()
+        found = read_json(self.path)
+        self.stranger = bool(found) and found.get("machine") != self.machine
+        self.records: Dict[str, Dict[str, Loaded]] = {}
+        self.saved: Dict[str, Dict[str, Loaded]] = {}
+        held = found.get("certificates")
+        for name, items in (held.items() if isinstance(held, dict) and not self.stranger else ()):
+            if isinstance(items, dict):
+                self.records[name] = {text: Loaded(*about) for text, about in items.items()
+                                      if isinstance(about, list) and list(map(type, about)) == [str, str, float]}
+        self.saved = {name: dict(items) for name, items in self.records.items()}
+
+    def owes(self, entry: Entry, item: str) -> bool:
+        """Whether an item is still to be done for the certificate on disk."""
+        done = self.records.get(entry.name, {}).get(item)
+        return entry.facts is not None and (done is None or done.fingerprint != entry.facts.fingerprint)
+
+    def strike(self, entry: Entry, item: str, problem: str, now: float) -> bool:
+        """Note how an item ended; whether that is news."""
+        items = self.records.setdefault(entry.name, {})
+        before = items.get(item, Loaded())
+        assert entry.facts is not None
+        if problem:
+            items[item] = before._replace(problem=problem, since=before.since if before.problem else now)
+        else:
+            items[item] = Loaded(entry.facts.fingerprint)
+        return not problem or before.problem != problem
+
+    def forget(self, entries: Mapping[str, Entry]) -> None:
+        """Drop the items that no list has any more."""
+        for name in list(self.records):
+            items = self.records[name]
+            wanted = entries[name].wanted.load if name in entries else ()
+            self.records[name] = {text: about for text, about in items.items() if text in wanted}
+            if not self.records[name]:
+                del self.records[name]
+
+    def save(self) -> None:
+        """Write it, if anything in it is new."""
+        if self.records != self.saved or self.stranger:
+            text = json.dumps({"machine": self.machine, "certificates": self.records})
+            replace(self.path, text.encode())
+            self.saved = {name: dict(items) for name, items in self.records.items()}
+
+
+class Duty(NamedTuple):
+    """One item to be done now, for these certificates."""
+    item: Item
+    entries: List[Entry]
+
+
+def in_order(lists: Iterable[Sequence[str]]) -> List[str]:
+    """The items of several lists, each once, so that every list's own order is kept where that can be."""
+    import graphlib
+    found = list(dict.fromkeys(tuple(one) for one in lists))
+    before: Dict[str, List[str]] = {}
+    for one in found:
+        for place, text in enumerate(one):
+            before.setdefault(text, []).extend(one[max(0, place - 1):place])
+    if len(found) > 1:
+        with contextlib.suppress(graphlib.CycleError):
+            return list(graphlib.TopologicalSorter(before).static_order())
+    return list(before)
+
+
+def duties(entries: Iterable[Entry], items: Mapping[str, Item], due: Callable[[Entry, str], bool]) -> List[Duty]:
+    """What is to be done now, in order: + once for all certificates, the others once for each."""
+    whole = [entry for entry in entries if entry.whole]
+    found = []
+    for text in in_order(entry.wanted.load for entry in whole):
+        owing = [entry for entry in whole if text in entry.wanted.load and due(entry, text)]
+        groups = [owing] if items[text].once and owing else [[entry] for entry in owing]
+        found += [Duty(items[text], group) for group in groups]
+    return found
+
+
+def child_environment() -> Dict[str, str]:
+    """The caller's environment, with a PATH that cron's lacks."""
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
+
+
+def load_environment(entry: Entry, directory: str, host: str) -> Dict[str, str]:
+    """What a procedure or command is told of the certificate that it is run for."""
+    about = entry.facts
+    return {**child_environment(), "WUCME_NAME": entry.name, "WUCME_NAMES": " ".join(about.names if about else ()),
+            "WUCME_CERT": entry.chain, "WUCME_KEY": entry.key, "WUCME_DIRECTORY": directory, "WUCME_HOST": host,
+            "WUCME_FINGERPRINT": about.fingerprint if about else ""}
+
+
+def own_options(argv: Sequence[str], letters: str) -> List[str]:
+    """Those options of a command line that have one of these letters and a value."""
+    words = argv[0].partition("master process ")[2].split() if len(argv) == 1 else list(argv)
+    kept = []
+    for word, following in zip(words[1:], [*words[2:], ""]):
+        if word[:1] == "-" and word[1:2] and word[1] in letters:
+            kept += [word, following] if len(word) == 2 else [word]
+    return kept
+
+
+def test_server(kind: Standard, master: Process, timeout: float, world: World) -> Finished:
+    """Have a server's own program test its configuration, with the arguments that the running one has."""
+    program = proc_link(master.pid, "exe").replace(" (deleted)", "")
+    variables = (pair.partition("=") for pair in proc_text(master.pid, "environ").split("\0"))
+    environment = {name: value for name, equals, value in variables if equals} or child_environment()
+    argv = [program or kind.commands[0], *kind.test, *own_options(master.argv, kind.options)]
+    return world.command(argv, environment, timeout, cwd=proc_link(master.pid, "cwd") or "/")
+
+
+def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
+    """Test the configuration of one running server and have it reload; the problem, or ""."""
+    kind = STANDARD[name]
+    tested = test_server(kind, master, timeout, world)
+    if tested.problem:
+        # It may have opened one of two files before a rename and the other after it.
+        world.sleep(1.0)
+        tested = test_server(kind, master, timeout, world)
+    if tested.problem:
+        for line in tested.output:
+            log(f"+{name}: {line}")
+        return f"{name} (pid {master.pid}) was not reloaded, its configuration test failed: {tested.problem}"
+    unit = re.search(r"/([^/]+\.service)$", proc_text(master.pid, "cgroup").strip())
+    if unit and os.path.isdir("/run/systemd/system"):
+        return world.command(["systemctl", "reload", unit[1]], child_environment(), timeout).problem
+    try:
+        os.kill(master.pid, kind.reload)
+    except OSError as error:
+        return f"{name} (pid {master.pid}) cannot be told to reload: {error.strerror}"
+    return ""
+
+
+def standard_load(item: Item, timeout: float, world: World) -> str:
+    """Reload the servers of an item that run here; the problems, or ""."""
+    problems, running = [], []
+    for name in item.argv:
+        found = processes(STANDARD[name].commands)
+        for master in [one for one in found if one.parent not in {other.pid for other in found}]:
+            running.append(name)
+            problems.append(reload_server(name, master, timeout, world))
+    if not running:
+        log(f"{item.text}: no {' or '.join(item.argv)} runs here; it reads the new files when it starts")
+    return "; ".join(filter(None, problems))
+
+
+def perform(duty: Duty, directory: str, host: str, world: World) -> str:
+    """Do one item now; the problem, or ""."""
+    entry = duty.entries[0]
+    timeout = entry.wanted.load_timeout
+    item = duty.item
+    if item.once:
+        return standard_load(item, timeout, world)
+    if os.geteuid() == 0 and item.text[0] == "@" and anyone_may_write(item.argv[0]):
+        return f"{item.argv[0]}: anyone may write this file, and root would run it; chmod o-w {item.argv[0]}"
+    finished = world.command(item.argv, load_environment(entry, directory, host), timeout)
+    for line in finished.output:
+        log(f"{entry.title}: {item.text[:40]}: {line}")
+    return finished.problem
+
+
+# === 12. report: how it went ====================================================================
+# Pure: values in, text and exit status out.
+
+class Outcome(NamedTuple):
+    """What became of one certificate, or of one item of a load list."""
+    title: str
+    state: str                          # current, renewed or failed; loaded or owed
+    problem: str = ""
+    news: bool = False
+
+
+class Report(NamedTuple):
+    """What became of a run."""
+    files: int
+    certificates: List[Outcome]
+    loads: List[Outcome]
+
+    def count(self, state: str) -> int:
+        """How many ended in a state."""
+        return sum(one.state == state for one in [*self.certificates, *self.loads])
+
+    def tally(self) -> str:
+        """The last line of a run."""
+        owed = self.count("owed")
+        return (f"{self.files} files, {len(self.certificates)} certs, {self.count('renewed')} renewed, "
+                f"{self.count('failed')} failed" + (f", {owed} owed" if owed else ""))
+
+    @property
+    def status(self) -> int:
+        """The exit status."""
+        return 1 if self.count("failed") or self.count("owed") else 0
+
+    @property
+    def news(self) -> bool:
+        """Whether there is anything to tell someone who did not ask."""
+        return any(one.news for one in [*self.certificates, *self.loads])
+
+
+def utc(when: float) -> Optional[str]:
+    """A time for machines, in UTC; None for never."""
+    try:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
+def certificate_json(decision: Decision, loads: List[Json]) -> Json:
+    """One certificate as status --json has it."""
+    entry, about = decision.entry, decision.entry.facts
+    problem = entry.memory.problem
+    return {"name": entry.name, "file": entry.chain, "names": list(about.names if about else entry.wanted.names),
+            "issuer": about.issuer if about else None, "serial": about.serial if about else None,
+            "fingerprint": about.fingerprint if about else None,
+            "not_before": utc(about.not_before) if about else None,
+            "not_after": utc(about.not_after) if about else None,
+            "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
+            "failures": {"count": int(bool(problem)), "next": None, "problem": problem}, "loads": loads}
+
+
+def certificate_text(decision: Decision, found: Json, now: float) -> List[str]:
+    """One certificate as status shows it to a person."""
+    about = decision.entry.facts
+    left = f"expires in {days(about.not_after - now)} days" if about and now < about.not_after else \
+        "expired" if about else "not there"
+    state = f"due: {decision.reason}" if decision.due else decision.reason or \
+        ("renews never" if found["renew_at"] is None else f"renews after {found['renew_at'][:10]}")
+    lines = [printable(f"{decision.entry.title}: {left}; {state}")]
+    if found["failures"]["problem"]:
+        lines.append(printable(f"    failed: {found['failures']['problem']}"))
+    for load in found["loads"]:
+        if load["state"] != "loaded":
+            since = f" since {load['since']}" if load["since"] else ""
+            lines.append(printable(f"    owed{since}: {load['item']}" + (f": {load['problem']}" if load["problem"] else "")))
+    return lines
+
+
+# === 13. run: the one place that knows the order =================================================
+
+LOCK = "wucme.lock"
+
+
+class Request(NamedTuple):
+    """What the command line asks for."""
+    verb: str = "run"
+    names: Tuple[str, ...] = ()
+    force: bool = False
+    dry_run: bool = False
+    as_json: bool = False
+    options: Mapping[str, str] = {}     # the settings among the options
+    ini: str = ""                       # the ini that was named
+
+
+class Job(NamedTuple):
+    """A certificate to obtain, and with what."""
+    decision: Decision
+    client: Client
+    server: ServerScope
+    answers: Answers
+    seconds: float
+
+
+class Obtained(NamedTuple):
+    """A chain as the CA sent it, the key it was ordered for, and what to remember."""
+    job: Job
+    entry: Entry
+    chain: bytes
+    key: PrivateKey
+
+
+@contextlib.contextmanager
+def locked(run: RunScope, world: World) -> Iterator[None]:
+    """Hold the lock of the directory, after waiting up to lock_wait for another run; FileError if it goes on."""
+    make_directory(run.directory)
+    path = os.path.join(run.directory, LOCK)
+    until, told = world.monotonic() + run.lock_wait, False
+    while True:
+        descriptor = take_lock(path)
+        if descriptor is not None:
+            break
+        who = read_json(path)
+        holder = printable(f"pid {who.get('pid')} on {who.get('host')} since {who.get('since')}")
+        if world.monotonic() >= until:
+            raise FileError(f"another run is at work in {run.directory} ({holder}); nothing was done")
+        if not told:
+            log(f"waiting for another run to end ({holder})")
+        told = True
+        world.sleep(0.25)
+    try:
+        about = {"pid": os.getpid(), "host": run.host, "since": utc(world.now())}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def take_stock(settings: Settings) -> Inventory:
+    """The certificates of the directory, found and declared."""
+    return scan(settings.run.directory, settings.default, settings.sections)
+
+
+def load_items(settings: Settings) -> Dict[str, Item]:
+    """Every item of every load list, by its text; SettingsError for the first that can never work."""
+    return {text: parse_item(text, where) for text, where in settings.lists.items()}
+
+
+def choose(inventory: Inventory, names: Sequence[str]) -> List[Entry]:
+    """The certificates that names mean, all for none; SettingsError for a name that means none."""
+    if not names:
+        return list(inventory.entries.values())
+    known = {alias: entry for entry in inventory.entries.values()
+             for alias in (entry.name, entry.name.replace("_", "."), entry.title)}
+    for name in names:
+        if name.lower() not in known:
+            raise SettingsError(f"{printable(name)}: no such certificate{nearest(name.lower(), known)}")
+    return list({known[name.lower()].name: known[name.lower()] for name in names}.values())
+
+
+def run_mark(now: float) -> str:
+    """The run's mark on its backups: local time with hundredths."""
+    return time.strftime("%Y%m%d%H%M%S", time.localtime(now)) + f"{int(now * 100) % 100:02d}"
+
+
+def open_client(settings: Settings, word: str, world: World) -> Tuple[Client, ServerScope, Account]:
+    """A client with an account at the CA that a `server` word means, made if the terms are agreed to."""
+    label, server = find_server(settings, word)
+    directory = settings.run.directory
+    account = account_files(directory, label, server.url, word == settings.default.server[0])
+    if not os.path.exists(account.key):
+        create(account.key, key_pem(new_key("ecdsa-p256")))
+        sync_directory(account.key)
+    log(f"loading key from {account.key}")
+    try:
+        key = parse_key(read(account.key))
+    except PemError as error:
+        raise PemError(f"{account.key}: {error}") from error
+    client = Client(server.url, key, world, lambda: world.http(settings.run.timeout, server.ca_file, server.proxy))
+    state = read_json(account.state)
+    if state.get("directory") == server.url and isinstance(state.get("account"), str):
+        client.account = client.own_url(state["account"], "account")
+    elif not client.register(server.contact, server.agree):
+        terms = client.directory.terms
+        if terms and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
+            raise AcmeError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be agreed "
+                            "to first: set agree = yes, or use --agree", "userActionRequired")
+        client.register(server.contact, True)
+    return client, server._replace(agree=True), account
+
+
+def note_account(client: Client, account: Account) -> None:
+    """Remember the URL of an account, if that is news."""
+    state = {"directory": client.url, "account": client.account}
+    if client.account and read_json(account.state) != state:
+        replace(account.state, json.dumps(state).encode())
+
+
+def start_order(job: Job, names: Sequence[str]) -> Order:
+    """The order that an earlier run could not finish, else a new one."""
+    entry, client = job.decision.entry, job.client
+    if entry.memory.order and entry.memory.order_server == client.url:
+        with contextlib.suppress(WucmeError):
+            order, _ = client.fetch_order(client.own_url(entry.memory.order, "order"), names)
+            if order.status in ("pending", "ready", "processing", "valid"):
+                log(f"{names[0]}: taking up the order {order.url}")
+                return order
+    log(f"{names[0]}: creating new order for {' '.join(names)} at {client.directory.new_order}")
+    account = client.account
+    try:
+        order = client.new_order(names)
+    except AcmeError as error:
+        if error.kind != "accountDoesNotExist":
+            raise
+        client.register_again(account, job.server.contact)
+        order = client.new_order(names)
+    log(f"{names[0]}: order URL: {order.url}")
+    return order
+
+
+def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
+    """The key for a new certificate: the present one if it may stay, else one that waits in the _tmp file."""
+    if not entry.wanted.rotate or not entry.whole:
+        with contextlib.suppress(WucmeError):
+            key = parse_key(read(entry.key))
+            if "key" not in entry.own or key_kind(key.public_key()) == entry.wanted.key:
+                return key
+    if resumed:
+        with contextlib.suppress(WucmeError):
+            return parse_key(read(f"{entry.key}_tmp"))
+    return new_key(entry.wanted.key)
+
+
+def obtain(job: Job, directory: str) -> Obtained:
+    """Take one certificate through the whole of ACME, with what a killed run needs to go on written down."""
+    entry, client = job.decision.entry, job.client
+    until = client.world.monotonic() + job.seconds
+    names = wanted_names(entry)
+    order = start_order(job, names)
+    resumed = order.url == entry.memory.order
+    key = choose_key(entry, resumed)
+    if not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash:
+        create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
+        sync_directory(entry.key)
+    entry = remember(directory, entry, order=order.url, order_server=client.url)
+    order = authorize(client, order, names, job.answers, until)
+    return Obtained(job, entry, finish(client, order, names, key, until), key)
+
+
+def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
+    """Check a certificate as it would go live, and make it live."""
+    entry, key = obtained.entry, obtained.key
+    names = wanted_names(entry)
+    temporary = f"{entry.chain}_tmp"
+    log(f"saving certificate to {temporary}")
+    create(temporary, obtained.chain)
+    log(f"reading private key for {entry.key}")
+    extra = check_chain(read(temporary), key, names, now)
+    if extra:
+        log(f"{entry.title}: the CA added {' '.join(extra)}")
+    secret = private_key(read(entry.key)) if entry.whole and key_hash(key.public_key()) == entry.memory.key_hash \
+        else key_pem(key)
+    for step in switch(entry, obtained.chain, secret, mark):
+        if not step.text.startswith("saving"):
+            log(step.text)
+        step.do()
+    for path in (f"{entry.key}_tmp", temporary):
+        remove(path)
+    for path in (entry.chain, entry.key):
+        prune(path, run.backups)
+    log(f"wuCME successful {entry.title} renewal")
+    return remember(run.directory, look(entry), server=obtained.job.client.url, names=tuple(names), order="",
+                    order_server="", problem="")
+
+
+def fail(entry: Entry, error: WucmeError | OSError, directory: str) -> Outcome:
+    """Note why a certificate failed; an order that the CA refused is not taken up again."""
+    problem = sentence(error)
+    news = problem != entry.memory.problem
+    log(f"{entry.title}: failed: {problem}")
+    written = read_memory(state_path(directory, entry.name))
+    memory = written._replace(problem=problem)
+    with contextlib.suppress(OSError):      # the disk may be what failed
+        if isinstance(error, (AcmeError, PemError)):
+            memory = memory._replace(order="", order_server="")
+            remove(f"{entry.key}_tmp")
+        remember(directory, entry._replace(memory=memory, written=written))
+    return Outcome(entry.title, "failed", problem, news)
+
+
+def work(jobs: queue.Queue[Job], results: queue.Queue[Tuple[Job, Any]], started: Dict[str, float],
+         directory: str) -> None:
+    """What a worker does: one job after the other, each ending in a value."""
+    import queue
+    while True:
+        try:
+            job = jobs.get_nowait()
+        except queue.Empty:
+            return
+        started[job.decision.entry.name] = time.monotonic()
+        try:
+            results.put((job, obtain(job, directory)))
+        except BaseException as error:
+            results.put((job, error))
+
+
+def gather(jobs: List[Job], run: RunScope) -> Iterator[Tuple[Job, Any]]:
+    """The jobs as they end, each with what was obtained or the error; none is waited for without end."""
+    import queue
+    import threading
+    waiting: queue.Queue[Job] = queue.Queue()
+    results: queue.Queue[Tuple[Job, Any]] = queue.Queue()
+    started: Dict[str, float] = {}
+    for job in jobs:
+        waiting.put(job)
+    for _ in range(min(run.workers, len(jobs))):
+        threading.Thread(target=work, args=(waiting, results, started, run.directory), daemon=True).start()
+    left = {job.decision.entry.name: job for job in jobs}
+    while left:
+        try:
+            job, result = results.get(timeout=1.0)
+        except queue.Empty:
+            limit = time.monotonic() - run.deadline - 3 * run.timeout
+            late = [name for name in left if started.get(name, limit + 1) < limit]
+            if not late:
+                continue
+            job, result = left[late[0]], NetworkError("did not end within the deadline; a later run goes on with it")
+        if left.pop(job.decision.entry.name, None):
+            yield job, result
+
+
+def check_challenge(entry: Entry, listeners: Mapping[Tuple[str, int], Any]) -> None:
+    """Refuse, before any order, a certificate whose challenge cannot be answered from here."""
+    wild = [name for name in wanted_names(entry) if name.startswith("*.")]
+    if wild:
+        raise ListenerError(f"{wild[0]}: http-01 cannot prove a wildcard")
+    if not entry.wanted.listen:
+        raise ListenerError("listen = none: nothing here answers the challenge")
+    for address in entry.wanted.listen:
+        if isinstance(listeners[address], ListenerError):
+            raise listeners[address]
+
+
+def renew_all(due: List[Decision], settings: Settings, world: World, now: float) -> Iterator[Tuple[Entry, Outcome]]:
+    """Obtain and store every certificate that is due; each comes back as it is now, with its outcome."""
+    run = settings.run
+    answers = Answers(run.directory)
+    listeners = open_listeners((address for one in due for address in one.entry.wanted.listen), answers)
+    clients: Dict[str, Any] = {}
+    jobs: List[Job] = []
+    try:
+        for decision in sorted(due, key=lambda one: one.entry.facts.not_after if one.entry.facts else now):
+            entry = decision.entry
+            word = entry.wanted.server[0]
+            try:
+                check_challenge(entry, listeners)
+                if word not in clients:
+                    try:
+                        clients[word] = open_client(settings, word, world)
+                        note_account(clients[word][0], clients[word][2])
+                    except (WucmeError, OSError) as error:
+                        clients[word] = error
+                if isinstance(clients[word], Exception):
+                    raise clients[word]
+                jobs.append(Job(decision, clients[word][0], clients[word][1], answers, run.deadline))
+            except (WucmeError, OSError) as error:
+                yield entry, fail(entry, error, run.directory)
+        for job, result in gather(jobs, run):
+            entry = job.decision.entry
+            try:
+                if isinstance(result, BaseException):
+                    raise result
+                yield store(result, run, run_mark(now), now), Outcome(entry.title, "renewed", "", True)
+            except (WucmeError, OSError) as error:
+                yield entry, fail(entry, error, run.directory)
+    finally:
+        for found in clients.values():
+            if not isinstance(found, Exception):
+                note_account(found[0], found[2])
+        for listener in listeners.values():
+            if isinstance(listener, Listener):
+                listener.close()
+
+
+def pay(entries: Mapping[str, Entry], settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: World,
+        due: Callable[[Entry, str], bool]) -> List[Outcome]:
+    """Do what is to be loaded; an item that fails does not stop the next, and stays owed."""
+    run = settings.run
+    outcomes = []
+    saved = world.monotonic()
+    try:
+        for duty in duties(entries.values(), items, due):
+            who = ", ".join(entry.title for entry in duty.entries)
+            problem = perform(duty, run.directory, run.host, world)
+            log(f"{'load failed' if problem else 'load succeeded'}: {duty.item.text} ({who})"
+                + (f": {problem}; it is owed, and tried again by the next run" if problem else ""))
+            for entry in duty.entries:
+                news = ledger.strike(entry, duty.item.text, problem, world.now())
+                outcomes.append(Outcome(entry.title, "owed" if problem else "loaded", problem, news))
+            if world.monotonic() - saved > 1:
+                ledger.save()
+                saved = world.monotonic()
+    finally:
+        ledger.save()
+    return outcomes
+
+
+def examine(inventory: Inventory, request: Request, now: float) -> List[Decision]:
+    """What to do about each certificate; one that was not asked for is not due."""
+    chosen = {entry.name for entry in choose(inventory, request.names)}
+    decisions = [decide(entry, now, request.force and entry.name in chosen) for entry in inventory.entries.values()]
+    return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
+
+
+def tend(decisions: Sequence[Decision], settings: Settings, world: World, now: float) -> Iterator[Tuple[Entry, Outcome]]:
+    """See to every certificate: each comes back as it is afterwards, with its outcome."""
+    directory = settings.run.directory
+    for one in decisions:
+        if one.due or log.live:
+            log(one.entry.chain)
+            if one.entry.facts:
+                log(dates(one, now))
+        if one.due:
+            log(f"{one.entry.title}: due: {one.reason}")
+        elif one.entry.facts is None and one.entry.fault:
+            yield one.entry, fail(one.entry, FileError(one.entry.fault), directory)
+        else:
+            yield remember(directory, one.entry), Outcome(one.entry.title, "current")
+    due = [one for one in decisions if one.due]
+    if due:
+        yield from renew_all(due, settings, world, now)
+
+
+def open_ledger(run: RunScope) -> Ledger:
+    """This host's ledger."""
+    ledger = Ledger(run.directory, run.host)
+    if ledger.stranger:
+        log(f"{ledger.path} was written on another machine: two hosts call themselves {run.host} (set host), or this "
+            "one was copied; everything is loaded anew")
+    return ledger
+
+
+def run_once(settings: Settings, request: Request, world: World) -> Report:
+    """The whole job, once: look, decide, obtain, store, load, report."""
+    items = load_items(settings)
+    run = settings.run
+    with locked(run, world):
+        now = world.now()
+        log("certificate management")
+        inventory = take_stock(settings)
+        decisions = examine(inventory, request, now)
+        kept = (f"{one.entry.key}_tmp" for one in decisions if one.due and one.entry.memory.order)
+        for path in sweep(run.directory, kept):
+            log(f"removed {path}, left by a run that was stopped")
+        entries, outcomes = {}, []
+        for entry, outcome in tend(decisions, settings, world, now):
+            entries[entry.name] = entry
+            outcomes.append(outcome)
+        ledger = open_ledger(run)
+        ledger.forget(entries)
+        report = Report(inventory.files, outcomes, pay(entries, settings, items, ledger, world, ledger.owes))
+        log(report.tally())
+    return report
+
+
+def rehearse(settings: Settings, request: Request, world: World) -> Report:
+    """Run the load list now for the certificates as they are, owed or not."""
+    items = load_items(settings)
+    with locked(settings.run, world):
+        inventory = take_stock(settings)
+        entries = {entry.name: entry for entry in choose(inventory, request.names)}
+        ledger = open_ledger(settings.run)
+        loads = pay(entries, settings, items, ledger, world, lambda *_: True)
+        if not loads:
+            log("nothing was loaded: " + ("the load list is empty" if entries else "there is no certificate"))
+        return Report(inventory.files, [Outcome(entry.title, "current") for entry in entries.values()], loads)
+
+
+def foretell(settings: Settings, request: Request, world: World) -> List[str]:
+    """What a run (or a load) would do, in words; nothing is changed."""
+    items, run, now = load_items(settings), settings.run, world.now()
+    inventory = scan(run.directory, settings.default, settings.sections)
+    decisions = examine(inventory, request, now)
+    lines = []
+    for one in decisions if request.verb != "load" else ():
+        if one.due:
+            lines.append(f"would order a certificate for {' '.join(wanted_names(one.entry))} at "
+                         f"{one.entry.wanted.server[0]}: {one.reason}")
+        else:
+            lines.append(f"{dates(one, now)}: not due")
+    ledger = Ledger(run.directory, run.host)
+    renewed = {one.entry.name for one in decisions if one.due}
+    chosen = {entry.name for entry in choose(inventory, request.names)}
+    for duty in duties((one.entry for one in decisions), items, lambda entry, text: (
+            entry.name in (chosen if request.verb == "load" else renewed) or ledger.owes(entry, text))):
+        lines.append(f"would load {duty.item.text} for {', '.join(entry.title for entry in duty.entries)}")
+    return [printable(line) for line in lines] or ["nothing to do"]
+
+
+class Standing(NamedTuple):
+    """What status found."""
+    lines: List[str]
+    about: Json
+    status: int
+
+
+def load_json(entry: Entry, ledger: Ledger) -> List[Json]:
+    """The load list of one certificate, as status --json has it."""
+    found = []
+    for text in entry.wanted.load:
+        done = ledger.records.get(entry.name, {}).get(text, Loaded())
+        found.append({"item": text, "state": "owed" if ledger.owes(entry, text) else "loaded",
+                      "since": utc(done.since) if done.problem else None, "problem": done.problem})
+    return found
+
+
+def standing(settings: Settings, world: World) -> Standing:
+    """What is there, what is due, what is owed; looks only."""
+    now, run = world.now(), settings.run
+    held = signature(os.path.join(run.directory, LOCK))
+    seen = held[1] / 1e9 if held else 0.0
+    ledger = Ledger(run.directory, run.host)
+    entries = scan(run.directory, settings.default, settings.sections).entries
+    lines, found = [], []
+    for decision in (decide(entry, now) for entry in entries.values()):
+        found.append(certificate_json(decision, load_json(decision.entry, ledger)))
+        lines += certificate_text(decision, found[-1], now)
+    if entries and not any(entry.wanted.load for entry in entries.values()):
+        lines.append("the load list is empty: no server is told of a new certificate")
+    lines.append(f"{len(entries)} certs in {run.directory}; last run: {utc(seen) if seen else 'never'}")
+    bad = any(one["failures"]["problem"] or not one["not_after"] or one["not_after"] <= (utc(now) or "")
+              or any(load["state"] == "owed" for load in one["loads"]) for one in found)
+    about = {"version": VERSION, "host": run.host, "last_run": utc(seen) if seen else None, "certificates": found}
+    return Standing(lines, about, 1 if bad or now - seen > 2 * 86400 else 0)
+
+
+def declare(settings: Settings, request: Request) -> Tuple[Settings, Request]:
+    """What `issue` asks for as a section of its own, unless the ini has one, and a run for that alone."""
+    try:
+        wanted = some_names(" ".join(request.names))
+    except (ValueError, UnicodeError) as error:
+        raise SettingsError(str(error)) from error
+    if not wanted:
+        raise SettingsError("issue needs the names that the certificate is for")
+    label = file_label(wanted[0])
+    known = settings.sections.get(label)
+    if known and len(wanted) > 1 and set(known.values.names) != set(wanted):
+        raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
+                            f"has ({' '.join(known.values.names)}); change them there")
+    if not known:
+        own = frozenset({"names", *request.options} & set(CertificateScope._field_defaults))
+        known = Section(wanted[0], settings.default._replace(names=wanted), own)
+    return settings._replace(sections={**settings.sections, label: known}), request._replace(names=(label,))
+
+
+def keep_options(settings: Settings, section: Section, request: Request) -> List[str]:
+    """Write the options of a first issue into the ini, so that renewals do the same; lines that say so."""
+    own = {key: text for key, text in request.options.items() if text != SETTINGS[key].default and key != "agree"}
+    special = {key: text for key, text in own.items() if key in CertificateScope._field_defaults}
+    common = {key: text for key, text in own.items() if key not in special}
+    source = settings.source
+    path = source.path or request.ini or os.path.join(default_directory(), "wucme.ini")
+    parts, lines = [source.text.rstrip("\n") + "\n"] if source.text.strip() else [], []
+    if common and not source.path:
+        parts.append(ini_section("wucme", common))
+    elif common:
+        lines.append(f"for renewals, write these into {path} yourself: "
+                     + "; ".join(f"{key} = {text}" for key, text in common.items()))
+    if special and section.title not in parse_ini(source):
+        parts.append(ini_section(section.title, {"names": " ".join(section.values.names), **special}))
+    if len(parts) > bool(source.text.strip()):
+        make_directory(os.path.dirname(path))
+        replace(path, "\n".join(parts).encode(), 0o644)
+        lines.append(f"for renewals, the options were written to {path}")
+    return lines
+
+
+def issue(settings: Settings, request: Request, world: World) -> Report:
+    """The first certificate for some names: a run for it alone, then what its user wants to know."""
+    fresh, only = declare(settings, request)
+    label = only.names[0]
+    section = fresh.sections[label]
+    report = run_once(fresh, only, world)
+    entry = scan(fresh.run.directory, fresh.default, fresh.sections)
+    found = choose(entry, [label])[0]
+    if found.whole and not found.memory.problem:
+        print(f"certificate: {found.chain}\nkey:         {found.key}")
+        if not section.values.load:
+            print("the load list is empty: no server is told of a new certificate (see LOAD LIST in --help)")
+        for line in keep_options(settings, section, request):
+            print(line)
+    return report
+
+
+# === 16. command line: what was asked for, and how it ends =====================================
+
+VERBS = ("run", "issue", "renew", "load", "status")
+
+
+def version() -> str:
+    """Version and SHA-256 of this very file, to compare with a release."""
+    import hashlib
+    return f"wucme {VERSION} sha256 {hashlib.sha256(read(os.path.abspath(__file__))).hexdigest()}"
+
+
+def manual() -> str:
+    """The text of --help."""
+    return (__doc__ or "").replace("@SETTINGS@", settings_help()).replace("@SERVERS@", ", ".join(STANDARD))
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The command line, every setting included."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise SettingsError(f"{message}; see --help")
+
+    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("verb", nargs="?", default="run")
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
+    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "version", "help"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    for name, field in SETTINGS.items():
+        option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
+        if field.kind is a_flag:
+            parser.add_argument(option, dest=dest, action=argparse.BooleanOptionalAction, default=None)
+        elif name != "names":           # they are arguments
+            parser.add_argument(option, dest=dest, action="append" if field.kind is some_lines else "store")
+    return parser
+
+
+def option_texts(arguments: Json) -> Dict[str, str]:
+    """The settings among the options, as texts like those of an ini."""
+    given = {key[4:]: value for key, value in arguments.items() if key.startswith("set_") and value is not None}
+    return {key: "\n".join(value) if isinstance(value, list) else value if isinstance(value, str)
+            else "yes" if value else "no" for key, value in given.items()}
+
+
+def staging(settings: Settings) -> Settings:
+    """The same settings for trying out: the staging CA, a directory of its own, no loads."""
+    change: Json = {"server": ("letsencrypt-staging",), "load": ()}
+    return settings._replace(
+        run=settings.run._replace(directory=os.path.join(settings.run.directory, "staging")),
+        default=settings.default._replace(**change), lists={},
+        sections={label: one._replace(values=one.values._replace(**change)) for label, one in settings.sections.items()})
+
+
+def open_log(run: RunScope) -> None:
+    """Begin to write the log file; without one the run goes on."""
+    make_directory(run.directory)
+    with contextlib.suppress(OSError):
+        log.descriptor = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def act(settings: Settings, request: Request, world: World) -> int:
+    """Do what the verb says; the exit status."""
+    if request.dry_run:
+        print("\n".join(foretell(*(declare(settings, request) if request.verb == "issue" else (settings, request)),
+                                 world)))
+        return 0
+    if request.verb == "status":
+        found = standing(settings, world)
+        print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
+        return found.status
+    open_log(settings.run)
+    report = {"issue": issue, "load": rehearse}.get(request.verb, run_once)(settings, request, world)
+    if report.news:
+        log.flush()
+    return report.status
+
+
+def need_cryptography() -> None:
+    """Say at once, not on the day of a renewal, that the one library this needs is missing."""
+    import importlib.util
+    if importlib.util.find_spec("cryptography") is None:
+        raise SettingsError("the Python package cryptography is missing: apt install python3-cryptography, "
+                            "dnf install python3-cryptography, pip install cryptography, or uv run wucme.py")
+
+
+def understand(arguments: Json) -> Tuple[Settings, Request]:
+    """What the command line and the ini ask for; SettingsError where they ask for what cannot be."""
+    verb, names = arguments["verb"], tuple(arguments["names"])
+    if verb not in VERBS:
+        raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} There are {', '.join(VERBS)}")
+    if names and verb in ("run", "status"):
+        raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
+    options = option_texts(arguments)
+    named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
+    fresh = verb == "issue" and named and not os.path.exists(named)
+    settings = read_settings(read_source("" if fresh else find_ini(named)), options)
+    return (staging(settings) if arguments["staging"] else settings,
+            Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named))
+
+
+def end(number: int, _: object) -> NoReturn:
+    """On a signal: leave, by way of everything that must be closed."""
+    raise SystemExit(128 + number)
+
+
+def main(argv: Optional[Sequence[str]] = None, world: World = REAL) -> int:
+    """The program: 0 all is well, 1 something failed or is owed, 2 usage or settings."""
+    umask = os.umask(0o077)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, end)
+    world = world._replace(command=functools.partial(world.command, umask=umask))
+    try:
+        arguments = vars(argument_parser().parse_intermixed_args(argv))
+        if arguments["help"] or arguments["version"]:
+            print(manual() if arguments["help"] else version())
+            return 0
+        need_cryptography()
+        log.clock, log.loud = world.now, arguments["verbose"]
+        log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
+        settings, request = understand(arguments)
+        return act(settings, request, world)
+    except SettingsError as error:
+        log.show(f"wucme: {sentence(error)}\n")
+        return 2
+    except (WucmeError, OSError) as error:
+        log(f"failed: {sentence(error)}")
+        log.flush()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
