@@ -87,8 +87,8 @@ import signal
 import stat
 import sys
 import time
-from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
-                    NoReturn, Optional, Sequence, Tuple, TypeVar, Union, cast)
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 if TYPE_CHECKING:
     import argparse
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     import http.client
     import queue
     import threading
+    import urllib.parse
 
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec, rsa
@@ -108,7 +109,7 @@ if TYPE_CHECKING:
 VERSION = "1.0"
 USER_AGENT = f"wucme/{VERSION} Python-http.client/{sys.version_info[0]}.{sys.version_info[1]}"
 T = TypeVar("T")
-Json = Dict[str, Any]
+Json = dict[str, Any]
 
 
 # === 1. errors: what can go wrong, each a sentence for a person ===============================
@@ -185,7 +186,7 @@ class Log:
         self.descriptor = -1
         self.live = False           # at a terminal: each line at once
         self.loud = False           # verbose: details too
-        self.held: List[str] = []   # not at a terminal: lines that may be printed at the end
+        self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
 
     def __call__(self, text: str) -> None:
         """Write one line for one event."""
@@ -240,7 +241,10 @@ def tls_context(ca_file: str) -> Any:
             self.settimeout(max(0.01, min(3600.0, self.until - time.monotonic())))
             return super().recv_into(*args, **more)
 
-    context = ssl.create_default_context(cafile=ca_file or None)
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:
+        raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
     context.sslsocket_class = Socket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file and hasattr(ssl, "VERIFY_X509_STRICT"):
@@ -270,7 +274,7 @@ class Http:
         self.timeout = timeout
         self.proxy = proxy
         self.context = tls_context(ca_file)
-        self.kept: Dict[str, http.client.HTTPSConnection] = {}
+        self.kept: dict[str, http.client.HTTPSConnection] = {}
 
     def connect(self, host: str, port: int) -> http.client.HTTPSConnection:
         """A connection object for an origin, direct or by CONNECT."""
@@ -295,45 +299,45 @@ class Http:
         connection.set_tunnel(host, port, headers)
         return connection
 
-    def request(self, method: str, url: str, body: Optional[bytes] = None,
-                headers: Optional[Mapping[str, str]] = None) -> Response:
+    def request(self, method: str, url: str, body: bytes | None = None,
+                headers: Mapping[str, str] | None = None) -> Response:
         """One request, `timeout` seconds in total; NetworkError says who was not reached and why."""
         import http.client
+        import socket
         import urllib.parse
         at = urllib.parse.urlsplit(url)
         if at.scheme != "https" or not at.hostname:
             raise NetworkError(f"{url}: only https is used")
-        path = urllib.parse.urlunsplit(("", "", at.path or "/", at.query, ""))
-        for kept in ((True, False) if at.netloc in self.kept else (False,)):
+        while True:
+            kept = at.netloc in self.kept
             try:
-                return self.attempt(method, at.netloc, (at.hostname, at.port or 443), path, body, headers or {})
-            except (http.client.HTTPException, OSError, ValueError) as error:
+                return self.attempt(method, at, body, headers or {})
+            except (http.client.HTTPException, OSError, UnicodeError) as error:
                 self.drop(at.netloc)
                 # A kept connection may have been closed meanwhile: once more on a new one.
-                if not kept or isinstance(error, TimeoutError):
+                if not kept or isinstance(error, (TimeoutError, socket.timeout)):
                     raise NetworkError(f"{at.netloc}: {network_reason(error, self.timeout)}") from error
-        raise AssertionError("unreachable")
 
-    def attempt(self, method: str, origin: str, address: Tuple[str, int], path: str,
-                body: Optional[bytes], headers: Mapping[str, str]) -> Response:
+    def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None,
+                headers: Mapping[str, str]) -> Response:
         """Send on the kept connection or a new one, and read the whole answer."""
+        origin = at.netloc
         connection = self.kept.get(origin)
         if connection is None:
-            connection = self.kept[origin] = self.connect(*address)
-        until = time.monotonic() + self.timeout
-        if connection.sock is None:
+            connection = self.kept[origin] = self.connect(at.hostname or "", at.port or 443)
             connection.connect()
-        setattr(connection.sock, "until", until)
-        connection.request(method, path, body, {"User-Agent": USER_AGENT, **headers})
+        cast(Any, connection.sock).until = time.monotonic() + self.timeout
+        connection.request(method, (at.path or "/") + (f"?{at.query}" if at.query else ""), body,
+                           {"User-Agent": USER_AGENT, **headers})
         response = connection.getresponse()
         data = response.read(BODY_BYTES + 1)
-        if len(data) > BODY_BYTES:
-            raise ValueError(f"an answer of more than {BODY_BYTES >> 20} MiB")
-        promised = response.headers.get("Content-Length")
-        if promised and method != "HEAD" and promised != str(len(data)):
-            raise ValueError(f"an answer of {len(data)} bytes where {printable(promised)} were promised")
         if response.will_close or not response.isclosed():
             self.drop(origin)
+        if len(data) > BODY_BYTES:
+            raise NetworkError(f"{origin}: an answer of more than {BODY_BYTES >> 20} MiB")
+        promised = response.headers.get("Content-Length")
+        if promised and method != "HEAD" and promised != str(len(data)):
+            raise NetworkError(f"{origin}: an answer of {len(data)} bytes where {printable(promised)} were promised")
         return Response(response.status, response.headers, data)
 
     def drop(self, origin: str) -> None:
@@ -351,7 +355,7 @@ class Http:
 class Finished(NamedTuple):
     """How a command ended: problem is "" for exit status 0."""
     problem: str
-    output: List[str]
+    output: list[str]
 
 
 def drain(descriptor: int, kept: bytearray) -> None:
@@ -376,8 +380,8 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
     except OSError as error:
         return Finished(f"cannot be run: {error.strerror}", [])
     kept = bytearray()
-    assert process.stdout is not None
-    reader = threading.Thread(target=drain, args=(process.stdout.fileno(), kept), daemon=True)
+    pipe = cast("IO[bytes]", process.stdout)
+    reader = threading.Thread(target=drain, args=(pipe.fileno(), kept), daemon=True)
     reader.start()
     try:
         status = process.wait(timeout)
@@ -391,11 +395,11 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
             process.wait()
     reader.join(0.5)            # not longer: a daemon left behind may hold the pipe for ever
     if not reader.is_alive():
-        process.stdout.close()
+        pipe.close()
     return Finished(problem, bytes(kept).decode("utf-8", "backslashreplace").splitlines())
 
 
-def proc_text(pid: Union[int, str], name: str) -> str:
+def proc_text(pid: int | str, name: str) -> str:
     """A file of /proc, "" where it cannot be read."""
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:
@@ -404,7 +408,7 @@ def proc_text(pid: Union[int, str], name: str) -> str:
         return ""
 
 
-def proc_link(pid: Union[int, str], name: str) -> str:
+def proc_link(pid: int | str, name: str) -> str:
     """A link of /proc, "" where it cannot be read."""
     try:
         return os.readlink(f"/proc/{pid}/{name}")
@@ -417,10 +421,10 @@ class Process(NamedTuple):
     pid: int
     parent: int
     command: str
-    argv: List[str]
+    argv: list[str]
 
 
-def processes(commands: Sequence[str]) -> List[Process]:
+def processes(commands: Sequence[str]) -> list[Process]:
     """The processes with one of these command names, in our own process and network namespaces."""
     found = []
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
@@ -495,13 +499,13 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
         os.close(descriptor)
 
 
-def signature(path: str) -> List[int]:
-    """Size, modification time and inode, by which a file is known again; [] where there is none."""
+def signature(path: str) -> str:
+    """Size, modification time and inode, by which a file is known again; "" where there is none."""
     try:
         about = os.stat(path)
     except OSError:
-        return []
-    return [about.st_size, about.st_mtime_ns, about.st_ino]
+        return ""
+    return f"{about.st_size} {about.st_mtime_ns} {about.st_ino}"
 
 
 def sync_directory(path: str) -> None:
@@ -535,7 +539,10 @@ def owner(path: str, mode: int) -> Owner:
         return Owner(mode, os.geteuid(), os.getegid())
 
 
-def create(path: str, data: bytes, like: Owner = Owner(0o600, -1, -1)) -> None:
+OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
+
+
+def create(path: str, data: bytes, like: Owner = OURS) -> None:
     """Make a new file, on the disk when this returns; what a killed run left under the name goes."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -605,7 +612,7 @@ def make_directory(path: str) -> None:
     os.chmod(path, 0o755)
 
 
-def take_lock(path: str) -> Optional[int]:
+def take_lock(path: str) -> int | None:
     """The descriptor that holds the lock, or None while another process holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -631,7 +638,7 @@ HOST_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 class Facts(NamedTuple):
     """What a certificate says of itself; times in seconds since 1970 UTC, octets in hexadecimal."""
-    names: Tuple[str, ...]
+    names: tuple[str, ...]
     not_before: float
     not_after: float
     issuer: str
@@ -641,12 +648,12 @@ class Facts(NamedTuple):
     kind: str                   # one of KEY_KINDS, or another in words
 
 
-def blocks(pem: bytes, *labels: bytes) -> List[bytes]:
+def blocks(pem: bytes, *labels: bytes) -> list[bytes]:
     """The PEM blocks with one of these labels, line ends made plain, each ended by a newline."""
     return [match[0].replace(b"\r", b"") + b"\n" for match in PEM_BLOCK.finditer(pem) if match[1] in labels]
 
 
-def certificates(pem: bytes) -> List[bytes]:
+def certificates(pem: bytes) -> list[bytes]:
     """The certificates of a PEM text, in its order."""
     return blocks(pem, b"CERTIFICATE")
 
@@ -716,7 +723,7 @@ def key_hash(public: Any) -> str:
                                               serialization.PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def validity(certificate: x509.Certificate) -> Tuple[float, float]:
+def validity(certificate: x509.Certificate) -> tuple[float, float]:
     """notBefore and notAfter in seconds since 1970; old releases of cryptography have naive times only."""
     import datetime
     times = []
@@ -726,7 +733,7 @@ def validity(certificate: x509.Certificate) -> Tuple[float, float]:
     return times[0], times[1]
 
 
-def alternative_names(certificate: x509.Certificate) -> Tuple[str, ...]:
+def alternative_names(certificate: x509.Certificate) -> tuple[str, ...]:
     """The DNS names and IP addresses of the subjectAltName, lower case, in its order."""
     from cryptography import x509
     try:
@@ -781,7 +788,7 @@ def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
 
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
-    wanted: List[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
+    wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
                                       else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
@@ -819,7 +826,7 @@ def gmt(when: float) -> str:
         return f"{when:.0f} s after 1970"
 
 
-def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float) -> List[str]:
+def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float) -> list[str]:
     """Refuse (PemError) a chain that must not go live; the names that it has beyond those asked for."""
     labels = {match[1] for match in PEM_BLOCK.finditer(chain)}
     if labels - {b"CERTIFICATE"}:
@@ -879,13 +886,15 @@ def setting(kind: Callable[[str], T], default: str, text: str, form: str = "") -
 
 class Renewal(NamedTuple):
     """When to renew: so long before the end, or at such a share of the lifetime left; neither: never."""
-    seconds: Optional[float] = None
-    share: Optional[float] = None
+    seconds: float | None = None
+    share: float | None = None
     auto: bool = False
 
 
-def a_text(text: str) -> str:
-    """Any text."""
+def a_url(text: str) -> str:
+    """An https URL, or none."""
+    if text and not text.startswith("https://"):
+        raise ValueError("must begin with https://")
     return text
 
 
@@ -913,14 +922,6 @@ def a_count(text: str) -> int:
     if not text.isdigit():
         raise ValueError("must be a whole number")
     return int(text)
-
-
-def a_crew(text: str) -> int:
-    """A whole number from 1 to 64."""
-    number = a_count(text)
-    if not 1 <= number <= 64:
-        raise ValueError("must be from 1 to 64")
-    return number
 
 
 def a_duration(text: str) -> float:
@@ -952,22 +953,22 @@ def a_key_kind(text: str) -> str:
     return text
 
 
-def some_words(text: str) -> Tuple[str, ...]:
+def some_words(text: str) -> tuple[str, ...]:
     """Words with blanks between."""
     return tuple(text.split())
 
 
-def some_lines(text: str) -> Tuple[str, ...]:
+def some_lines(text: str) -> tuple[str, ...]:
     """One entry a line."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def some_names(text: str) -> Tuple[str, ...]:
+def some_names(text: str) -> tuple[str, ...]:
     """Host names and addresses, each once, in order."""
     return tuple(dict.fromkeys(host_name(word) for word in text.split()))
 
 
-def some_addresses(text: str) -> Tuple[Tuple[str, int], ...]:
+def some_addresses(text: str) -> tuple[tuple[str, int], ...]:
     """Addresses to listen on, as host and port; host "" is every address."""
     found = []
     for word in text.split() if text != "none" else ():
@@ -984,7 +985,7 @@ class RunScope(NamedTuple):
                              "root, else ~/.wucme", "PATH")
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each", "NUMBER")
-    workers: int = setting(a_crew, "4", "how many certificates are obtained side by side", "NUMBER")
+    workers: int = setting(a_count, "4", "how many certificates are obtained side by side", "NUMBER")
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end", "DURATION")
     timeout: float = setting(a_duration, "20s", "the longest that one request to the CA may take, in all",
                              "DURATION")
@@ -996,36 +997,36 @@ class RunScope(NamedTuple):
 
 class CertificateScope(NamedTuple):
     """Settings of one certificate."""
-    server: Tuple[str, ...] = setting(some_words, "letsencrypt", "the CA: letsencrypt, letsencrypt-staging, the "
+    server: tuple[str, ...] = setting(some_words, "letsencrypt", "the CA: letsencrypt, letsencrypt-staging, the "
                                       "name of a [server NAME] section, or the URL of an ACME directory", "SERVER")
-    names: Tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
+    names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
                                      "NAME...")
     key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS), "KIND")
     rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
                            "and the key file is a link to it")
     renew: Renewal = setting(a_renewal, "auto", "when: auto (a third of the lifetime left, half under 10 days), "
                              "30d, 12h, 25%, never; a bare number is days", "WHEN")
-    listen: Tuple[Tuple[str, int], ...] = setting(
+    listen: tuple[tuple[str, int], ...] = setting(
         some_addresses, ":80", "where the http-01 challenge is answered while an order runs; several by blanks; "
         "the CA asks at port 80, or whatever your router makes of it", "ADDRESS:PORT")
-    load: Tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
+    load: tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
                                     "LOAD LIST", "ITEM")
     load_timeout: float = setting(a_duration, "5m", "the longest that one item of load may take", "DURATION")
 
 
 class ServerScope(NamedTuple):
     """Settings of one CA."""
-    url: str = setting(a_text, "", "URL of its ACME directory, for a CA of your own", "URL")
+    url: str = setting(a_url, "", "URL of its ACME directory, for a CA of your own", "URL")
     ca_file: str = setting(a_path, "", "trust this PEM file alone for its HTTPS; default: the system's CAs", "PATH")
-    proxy: str = setting(a_text, "", "HTTP proxy to reach it by, http://[USER:PASSWORD@]HOST:PORT, or none; "
+    proxy: str = setting(str, "", "HTTP proxy to reach it by, http://[USER:PASSWORD@]HOST:PORT, or none; "
                          "default: $https_proxy and $no_proxy", "URL")
-    contact: Tuple[str, ...] = setting(some_words, "", "mail address for a new account; optional at most CAs",
+    contact: tuple[str, ...] = setting(some_words, "", "mail address for a new account; optional at most CAs",
                                        "ADDRESS")
     agree: bool = setting(a_flag, "no", "yes: you agree to its terms of service")
 
 
-SCOPES: Tuple[Any, ...] = (RunScope, CertificateScope, ServerScope)
-SETTINGS: Dict[str, Setting] = {name: field for scope in SCOPES for name, field in scope._field_defaults.items()}
+SCOPES: tuple[Any, ...] = (RunScope, CertificateScope, ServerScope)
+SETTINGS: dict[str, Setting] = {name: field for scope in SCOPES for name, field in scope._field_defaults.items()}
 
 
 class Source(NamedTuple):
@@ -1035,18 +1036,17 @@ class Source(NamedTuple):
 
     def where(self, section: str, key: str = "", item: str = "") -> str:
         """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        number, current, wanted = 0, "", f"[{section}]"
-        for place, line in enumerate(self.text.splitlines(), 1):
+        lines = self.text.splitlines()
+        start = next((at for at, line in enumerate(lines, 1) if line.strip() == f"[{section}]"), 0)
+        for at, line in enumerate(lines[start:] if start else (), start + 1):
             plain = line.strip()
-            if line[:1] == "[":
-                current = plain
-                number = place if current == wanted else number
-            elif current == wanted and (plain == item if item else
-                                        key and plain.partition("=")[0].strip().lower() == key):
-                return f"{self.path}:{place}"
-            elif current == wanted and item and plain.endswith(item) and plain.lower().startswith(key):
-                return f"{self.path}:{place}"
-        return f"{self.path}:{number}" if number else self.path or "the command line"
+            if line.startswith("["):
+                break
+            words = plain.partition("=")
+            is_key = words[0].strip().lower() == key
+            if (plain == item or (is_key and words[2].strip() == item)) if item else (key and is_key):
+                return f"{self.path}:{at}"
+        return f"{self.path}:{start}" if start else self.path or "the command line"
 
 
 class Section(NamedTuple):
@@ -1060,18 +1060,18 @@ class Settings(NamedTuple):
     """Everything that was asked for."""
     run: RunScope
     default: CertificateScope
-    sections: Dict[str, Section]            # by title, lower case
-    servers: Dict[str, ServerScope]         # by name
+    sections: dict[str, Section]            # by title, lower case
+    servers: dict[str, ServerScope]         # by name
     other_server: ServerScope               # for a CA without a section of its own
     source: Source
-    lists: Dict[str, str]                   # each load line: FILE:LINE
+    lists: dict[str, str]                   # each line of a load list, and the section that has it
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at what was probably meant, or ""."""
+    """A hint at what was probably meant, or a full stop."""
     import difflib
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def ini_fault(error: configparser.Error) -> str:
@@ -1088,7 +1088,7 @@ def ini_fault(error: configparser.Error) -> str:
     return f"{number}: {printable(str(line))} is neither KEY = VALUE nor a section"
 
 
-def parse_ini(source: Source) -> Dict[str, Dict[str, str]]:
+def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     """The sections of an ini as texts; SettingsError with file and line for what is not one."""
     import configparser
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
@@ -1101,35 +1101,28 @@ def parse_ini(source: Source) -> Dict[str, Dict[str, str]]:
 
 def parse_value(source: Source, section: str, key: str, text: str) -> Any:
     """The value of one setting, or SettingsError with file, line and what it must be."""
-    kind = SETTINGS[key].kind
-    where = source.where(section, key)
-    if kind is not some_lines:
-        if "\n" in text.strip():
-            stray = text.strip().splitlines()[1].strip()
-            raise SettingsError(f"{source.where(section, key, stray)}: {stray!r} is indented and so belongs to "
+    kind, text = SETTINGS[key].kind, text.strip()
+    several = kind is some_lines
+    for line in some_lines(text)[not several:]:
+        word, equals, _ = line.partition("=")
+        if not several or (equals and word.strip().lower() in SETTINGS):
+            raise SettingsError(f"{source.where(section, key, line)}: {line!r} is indented and so belongs to "
                                 f"{key}; move it to the left")
-        mark = re.search(r"\s[;#]", text)
-        if mark:
-            raise SettingsError(f"{where}: {key} = {printable(text)}: a comment needs a line of its own")
-    else:
-        for line in some_lines(text):
-            word = line.partition("=")[0].strip().lower()
-            if "=" in line and word in SETTINGS:
-                raise SettingsError(f"{source.where(section, key, line)}: {line!r} is indented and so belongs to "
-                                    f"{key}; move it to the left")
     try:
-        return kind(text.strip())
-    except (ValueError, UnicodeError) as error:
-        raise SettingsError(f"{where}: {key} = {printable(text.strip())}: {error}") from error
+        if not several and re.search(r"\s[;#]", text):
+            raise ValueError("a comment needs a line of its own")
+        return kind(text)
+    except ValueError as error:
+        raise SettingsError(f"{source.where(section, key)}: {key} = {printable(text)}: {error}") from error
 
 
-def pick(source: Source, section: str, texts: Mapping[str, str], scope: Any) -> Dict[str, Any]:
+def pick(source: Source, section: str, texts: Mapping[str, str], scope: Any) -> dict[str, Any]:
     """The values of those settings in a section that belong to one scope."""
     return {key: parse_value(source, section, key, text) for key, text in texts.items()
             if key in scope._field_defaults}
 
 
-def default_values(scope: Any) -> Dict[str, Any]:
+def default_values(scope: Any) -> dict[str, Any]:
     """Every setting of a scope at its default."""
     return {key: field.kind(field.default) for key, field in scope._field_defaults.items()}
 
@@ -1183,8 +1176,8 @@ def file_label(name: str) -> str:
     return name.lower().replace("*.", "_.").replace(":", "-")
 
 
-def read_section(source: Source, title: str, texts: Dict[str, str], default: CertificateScope,
-                 options: Dict[str, Any]) -> Section:
+def read_section(source: Source, title: str, texts: dict[str, str], default: CertificateScope,
+                 options: dict[str, Any]) -> Section:
     """The section of one certificate, over the defaults and under the options of this call."""
     check_keys(source, title, texts, [CertificateScope])
     name = title.lower()
@@ -1201,7 +1194,7 @@ def read_section(source: Source, title: str, texts: Dict[str, str], default: Cer
     return Section(title, default._replace(**{**own, **options}), frozenset(own) | frozenset(options))
 
 
-def find_server(settings: Settings, name: str) -> Tuple[str, ServerScope]:
+def find_server(settings: Settings, name: str) -> tuple[str, ServerScope]:
     """The CA that a `server` word means, with its short name; SettingsError if it means none."""
     found = settings.servers.get(name)
     if found is not None and found.url:
@@ -1218,15 +1211,6 @@ def find_server(settings: Settings, name: str) -> Tuple[str, ServerScope]:
                         f"{', '.join(settings.servers)}, or give the URL of its ACME directory")
 
 
-def load_lines(source: Source, common: Mapping[str, str], texts: Mapping[str, Mapping[str, str]],
-               options: Mapping[str, str]) -> Dict[str, str]:
-    """Where each line of each load list stands."""
-    found = {line: "--load" for line in some_lines(options.get("load", ""))}
-    for title, body in [*texts.items(), ("wucme", common)]:
-        found.update((line, source.where(title, "load", line)) for line in some_lines(body.get("load", "")))
-    return found
-
-
 def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     """All settings out of the ini and the options; SettingsError for the first thing wrong."""
     texts = parse_ini(source)
@@ -1239,7 +1223,7 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     default = CertificateScope(**merged[CertificateScope])
     other = ServerScope(**merged[ServerScope])
     servers = {name: other._replace(url=url) for name, url in KNOWN_SERVERS.items()}
-    sections: Dict[str, Section] = {}
+    sections: dict[str, Section] = {}
     for title, body in texts.items():
         kind, _, name = title.partition(" ")
         if kind == "server" and name:
@@ -1255,8 +1239,9 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     run = RunScope(**merged[RunScope])
     run = run._replace(directory=run.directory or default_directory())
     run = run._replace(log=run.log or os.path.join(run.directory, "wucme.log"), host=run.host or os.uname().nodename)
-    settings = Settings(run, default, sections, servers, other, source,
-                        load_lines(source, common, texts, options))
+    lists = {line: title for title, body in [*texts.items(), ("wucme", common), ("", options)]
+             for line in some_lines(body.get("load", ""))}
+    settings = Settings(run, default, sections, servers, other, source, lists)
     for scope in [default, *(section.values for section in sections.values())]:
         for name in scope.server:
             find_server(settings, name)
@@ -1276,6 +1261,51 @@ def ini_section(title: str, texts: Mapping[str, str]) -> str:
         items = text.splitlines() if SETTINGS[key].kind is some_lines else []
         lines += [f"{key} ={'' if items else f' {text}'}", *(f"    {item}" for item in items)]
     return "\n".join(lines) + "\n"
+
+
+def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]) -> tuple[Settings, str]:
+    """The settings with what `issue` asks for as a section, unless the ini has one; and that one's label."""
+    try:
+        wanted = some_names(" ".join(names))
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if not wanted:
+        raise SettingsError("issue needs the names that the certificate is for")
+    label = file_label(wanted[0])
+    known = settings.sections.get(label)
+    if known and len(wanted) > 1 and set(known.values.names) != set(wanted):
+        raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
+                            f"has ({' '.join(known.values.names)}); change them there")
+    if not known:
+        own = frozenset({"names", *options} & set(CertificateScope._field_defaults))
+        known = Section(wanted[0], settings.default._replace(names=wanted), own)
+    return settings._replace(sections={**settings.sections, label: known}), label
+
+
+def keep_options(source: Source, path: str, section: Section, options: Mapping[str, str]) -> list[str]:
+    """Write the options of a first issue into the ini, so that renewals do the same; lines that say so."""
+    plain = read_settings(source, {})
+    own = {key: text for key, text in options.items() if key in CertificateScope._field_defaults
+           and SETTINGS[key].kind(text) != getattr(plain.default, key)}
+    common = {key: text for key, text in options.items() if key not in CertificateScope._field_defaults
+              and key != "agree" and SETTINGS[key].kind(text) not in (getattr(plain.run, key, None),
+                                                                      getattr(plain.other_server, key, None))}
+    before = [source.text.rstrip("\n") + "\n"] if source.text.strip() else []
+    parts, lines = [], []
+    if common and not before:
+        parts.append(ini_section("wucme", common))
+    elif common:
+        lines.append(f"for renewals, write into {path} yourself: "
+                     + "; ".join(f"{key} = {text}" for key, text in common.items()))
+    if own and file_label(section.title) in plain.sections:
+        lines.append(f"[{section.title}] stands in {path} already; for renewals, change it there")
+    elif own:
+        parts.append(ini_section(section.title, {"names": " ".join(section.values.names), **own}))
+    if parts:
+        make_directory(os.path.dirname(path))
+        replace(path, "\n".join(before + parts).encode(), 0o644)
+        lines.append(f"for renewals, the options were written to {path}")
+    return lines
 
 
 def example_ini() -> str:
@@ -1317,12 +1347,12 @@ OWN_FILE = re.compile(r"wucme\.(log|lock)|wucme_[sl]_.*\.json|.*_tmp", re.I | re
 
 class Memory(NamedTuple):
     """What is remembered of one certificate between runs."""
-    chain: List[int] = []           # signature of the chain file that `facts` were read from
-    key: List[int] = []             # signature of the key file, and
+    chain: str = ""                 # signature of the chain file that `facts` were read from
+    key: str = ""                   # signature of the key file, and
     key_hash: str = ""              # what public key it has
-    facts: Optional[Facts] = None
+    facts: Facts | None = None
     server: str = ""                # directory URL of the CA that issued
-    names: Tuple[str, ...] = ()     # as ordered
+    names: tuple[str, ...] = ()     # as ordered
     order: str = ""                 # URL of an order that is not finished
     order_server: str = ""          # directory URL of the CA that has it
     problem: str = ""               # why the last attempt failed
@@ -1337,9 +1367,10 @@ class Entry(NamedTuple):
     written: Memory                 # as its state file has it
     wanted: CertificateScope
     own: frozenset[str] = frozenset()
-    facts: Optional[Facts] = None
+    facts: Facts | None = None
     fits: bool = False              # whether the key is the certificate's
     fault: str = ""                 # why the files cannot be used
+    blocked: bool = False           # whether they cannot even be looked into
 
     @property
     def title(self) -> str:
@@ -1356,7 +1387,7 @@ class Entry(NamedTuple):
 class Inventory(NamedTuple):
     """The directory as it was found: how many files, and its certificates by NAME."""
     files: int
-    entries: Dict[str, Entry]
+    entries: dict[str, Entry]
 
 
 def state_path(directory: str, name: str) -> str:
@@ -1379,7 +1410,7 @@ def read_memory(path: str) -> Memory:
     kept = {key: found[key] for key, default in Memory._field_defaults.items()
             if key in found and key not in ("facts", "names") and isinstance(found[key], type(default))}
     about, names = found.get("facts"), found.get("names")
-    if isinstance(about, list) and len(about) == len(Facts._fields) and isinstance(about[0], list):
+    if isinstance(about, list) and [type(part) for part in about] == [list, float, float, str, str, str, str, str]:
         kept["facts"] = Facts(tuple(about[0]), *about[1:])
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         kept["names"] = tuple(names)
@@ -1388,23 +1419,24 @@ def read_memory(path: str) -> Memory:
 
 def look(entry: Entry) -> Entry:
     """The entry with what its two files say, from memory where they have not changed."""
-    memory = entry.memory
+    memory, fault, blocked = entry.memory, "", False
     chain, key = signature(entry.chain), signature(entry.key)
-    if memory.facts is None or memory.chain != chain or not chain:
-        try:
-            memory = memory._replace(chain=chain, facts=facts(read(entry.chain)))
-        except (FileError, PemError) as error:
-            about = f"{entry.chain}: {error}" if isinstance(error, PemError) else str(error)
-            return entry._replace(facts=None, fault=about, memory=memory._replace(chain=[], facts=None))
-    fault = ""
-    if memory.key != key or not key or not memory.key_hash:
-        try:
-            memory = memory._replace(key=key, key_hash=key_hash(parse_key(read(entry.key)).public_key()))
-        except (FileError, PemError) as error:
-            fault = f"{entry.key}: {error}" if isinstance(error, PemError) else str(error)
-            memory = memory._replace(key=[], key_hash="")
-    assert memory.facts is not None
-    return entry._replace(memory=memory, facts=memory.facts, fits=memory.key_hash == memory.facts.key, fault=fault)
+    path = entry.chain
+    try:
+        if memory.facts is None or memory.chain != chain or not chain:
+            memory = memory._replace(chain="", facts=None)
+            memory = memory._replace(facts=facts(read(path)), chain=chain)
+        path = entry.key
+        if memory.key != key or not key or not memory.key_hash:
+            memory = memory._replace(key="", key_hash="")
+            memory = memory._replace(key_hash=key_hash(parse_key(read(path)).public_key()), key=key)
+    except FileError as error:
+        fault, blocked = str(error), os.path.lexists(path)
+    except PemError as error:
+        fault = f"{path}: {error}"
+    about = memory.facts
+    return entry._replace(memory=memory, facts=about, fault=fault, blocked=blocked,
+                          fits=not fault and about is not None and memory.key_hash == about.key)
 
 
 def key_spelling(name: str) -> str:
@@ -1414,8 +1446,8 @@ def key_spelling(name: str) -> str:
 
 def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
     """Every certificate of a directory, found or declared; other files are counted and left alone."""
-    found: List[str] = []
-    present: Dict[str, str] = {}
+    found: list[str] = []
+    present: dict[str, str] = {}
     files = 0
     with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext(()) as listing:
         for item in listing:
@@ -1428,7 +1460,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
                 if CERTIFICATE_FILE.fullmatch(name):
                     found.append(name)
     by_stem = {alias: section for label, section in sections.items() for alias in (label.replace(".", "_"), label)}
-    entries: Dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     declared = set()
     for name in sorted(found):
         stem = name[8:-4].lower()
@@ -1470,7 +1502,7 @@ def renewal_time(about: Facts, rule: Renewal) -> float:
     return float("inf")
 
 
-def wanted_names(entry: Entry) -> Tuple[str, ...]:
+def wanted_names(entry: Entry) -> tuple[str, ...]:
     """The names that a new certificate should have: those of the settings, else those it has."""
     return entry.wanted.names or (entry.facts.names if entry.facts else ())
 
@@ -1490,25 +1522,29 @@ def days(seconds: float) -> int:
     return int(seconds / 86400) if abs(seconds) < 1e12 else 0
 
 
-def decide(entry: Entry, now: float, forced: bool = False) -> Decision:
-    """Whether a certificate is due, with the reason in words."""
+def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
+    """Why a certificate is due, the first reason first."""
     about = entry.facts
     if about is None:
-        if not wanted_names(entry):
-            return Decision(entry, False, entry.fault, float("inf"))
-        return Decision(entry, True, entry.fault if entry.fault else "declared, and not there yet", now)
-    at = renewal_time(about, entry.wanted.renew)
-    if forced:
-        return Decision(entry, True, "forced", at)
+        yield entry.fault or "declared, and not there yet"
+        return
     if not entry.fits:
-        return Decision(entry, True, entry.fault or "its key does not fit the certificate", at)
-    difference = changed(entry, about)
-    if difference:
-        return Decision(entry, True, difference, at)
+        yield entry.fault or "its key does not fit the certificate"
+    if changed(entry, about):
+        yield changed(entry, about)
+    if now >= about.not_after:
+        yield "expired"
     if now >= at:
-        ended = "expired" if now >= about.not_after else f"expires in {days(about.not_after - now)} days"
-        return Decision(entry, True, ended, at)
-    return Decision(entry, False, "", at)
+        yield f"expires in {days(about.not_after - now)} days"
+
+
+def decide(entry: Entry, now: float, forced: bool = False) -> Decision:
+    """Whether a certificate is due, with the reason in words."""
+    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
+    if entry.blocked or not wanted_names(entry):
+        return Decision(entry, False, entry.fault, at)
+    reason = "forced" if forced else next(reasons(entry, now, at), "")
+    return Decision(entry, bool(reason), reason, at)
 
 
 def dates(decision: Decision, now: float) -> str:
@@ -1537,13 +1573,13 @@ class Answers:
 
     def __init__(self, directory: str) -> None:
         self.directory = os.path.join(directory, "tokens")
-        self.texts: Dict[str, str] = {}
-        self.asked: Dict[str, threading.Event] = {}
+        self.texts: dict[str, str] = {}
+        self.asked: dict[str, threading.Event] = {}
 
     def publish(self, token: str, text: str, asked: threading.Event) -> None:
         """Answer this token from now on; the event is set whenever it is asked for."""
         make_directory(self.directory)
-        create(os.path.join(self.directory, token), text.encode(), Owner(0o644, -1, -1))
+        create(os.path.join(self.directory, token), text.encode(), OURS._replace(mode=0o644))
         self.texts[token], self.asked[token] = text, asked
 
     def withdraw(self, token: str) -> None:
@@ -1552,7 +1588,7 @@ class Answers:
         self.asked.pop(token, None)
         remove(os.path.join(self.directory, token))
 
-    def find(self, target: str) -> Optional[str]:
+    def find(self, target: str) -> str | None:
         """The answer to a request target, absolute or prefixed; None for what is not published."""
         before, found, token = target.partition("?")[0].rpartition(WELL_KNOWN)
         text = self.texts.get(token) if found else None
@@ -1568,7 +1604,7 @@ class Guests:
 
     def __init__(self) -> None:
         import threading
-        self.open: Dict[Any, float] = {}
+        self.open: dict[Any, float] = {}
         self.guard = threading.Lock()
 
     def admit(self, guest: Any) -> None:
@@ -1613,7 +1649,7 @@ class Capped:
         return getattr(self.stream, name)
 
 
-def listener_class() -> Any:
+def listener_class() -> Any:  # noqa: C901 - two small classes, not one long function
     """The listening server, made on the days when it is needed."""
     import http.server
     import socket
@@ -1643,7 +1679,7 @@ def listener_class() -> Any:
     class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
         daemon_threads, block_on_close, request_queue_size = True, False, 128
 
-        def __init__(self, family: int, address: Tuple[str, int], answers: Answers) -> None:
+        def __init__(self, family: int, address: tuple[str, int], answers: Answers) -> None:
             self.address_family, self.answers, self.guests = family, answers, Guests()
             super().__init__(address, Handler)
 
@@ -1691,7 +1727,7 @@ class Listener:
         import socket
         import threading
         server = listener_class()
-        self.servers: List[Any] = []
+        self.servers: list[Any] = []
         families = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")] if not host else \
             [(socket.AF_INET6 if ":" in host else socket.AF_INET, host)]
         try:
@@ -1714,16 +1750,15 @@ class Listener:
             one.server_close()
 
 
-def open_listeners(addresses: Iterable[Tuple[str, int]], answers: Answers) -> Dict[Tuple[str, int], Any]:
-    """For each address its Listener, or the ListenerError that says why there is none."""
-    found: Dict[Tuple[str, int], Any] = {}
-    for address in addresses:
-        if address not in found:
-            try:
-                found[address] = Listener(*address, answers)
-            except ListenerError as error:
-                found[address] = error
-    return found
+def open_listeners(addresses: Iterable[tuple[str, int]], answers: Answers) -> tuple[list[Listener], dict[Any, str]]:
+    """The listeners of these addresses; and, for each address that cannot be had, why."""
+    found, refused = [], {}
+    for address in dict.fromkeys(addresses):
+        try:
+            found.append(Listener(*address, answers))
+        except ListenerError as error:
+            refused[address] = str(error)
+    return found, refused
 
 
 # === 9. acme: the protocol, RFC 8555 ===========================================================
@@ -1732,6 +1767,7 @@ def open_listeners(addresses: Iterable[Tuple[str, int]], answers: Answers) -> Di
 
 NONCE_TRIES = 20
 FAULT_TRIES = 3
+PATIENCE_SECONDS = 10.0         # a CA that is out of order for longer is left to the next run
 POLL_SECONDS = (0.25, 5.0)      # the first and the longest pause between two looks, unless the CA says,
 ASKED_SECONDS = 0.02            # and the first one after the CA has asked for an answer
 REMEDIES = {
@@ -1762,7 +1798,7 @@ class Order(NamedTuple):
     """An order (section 7.1.3)."""
     url: str
     status: str
-    authorizations: Tuple[str, ...]
+    authorizations: tuple[str, ...]
     finalize: str
     certificate: str
     error: Json
@@ -1772,14 +1808,15 @@ class Challenge(NamedTuple):
     """A challenge of a kind that is answered here (section 7.1.5)."""
     url: str
     token: str
+    status: str
 
 
 class Authorization(NamedTuple):
     """An authorization (section 7.1.4)."""
     name: str
     status: str
-    challenge: Optional[Challenge]
-    errors: Tuple[Json, ...]
+    challenge: Challenge | None
+    errors: tuple[Json, ...]
 
 
 def encode(data: bytes) -> str:
@@ -1788,7 +1825,7 @@ def encode(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def json_web_key(key: PrivateKey) -> Dict[str, str]:
+def json_web_key(key: PrivateKey) -> dict[str, str]:
     """The public half of an account key as a JWK, with the members in the order of RFC 7638."""
     numbers: Any = key.public_key().public_numbers()
     if hasattr(numbers, "n"):
@@ -1824,7 +1861,7 @@ def sign(key: PrivateKey, data: bytes) -> bytes:
     return r.to_bytes(size, "big") + s.to_bytes(size, "big")
 
 
-def signed(key: PrivateKey, header: Json, payload: Optional[Json]) -> bytes:
+def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
     """A flattened JWS (section 6.2); payload None is a POST-as-GET (section 6.3)."""
     protected = encode(json.dumps({"alg": jws_algorithm(key), **header}).encode())
     body = "" if payload is None else encode(json.dumps(payload).encode())
@@ -1897,7 +1934,7 @@ class Client:
             self.local.http = self.connect()
         return cast(Http, self.local.http)
 
-    def send(self, method: str, url: str, body: Optional[bytes] = None) -> Response:
+    def send(self, method: str, url: str, body: bytes | None = None) -> Response:
         """One request; keeps the nonce that comes back, whatever else does (section 6.5)."""
         headers = {"Content-Type": "application/jose+json"} if body is not None else {}
         response = self.http.request(method, url, body, headers)
@@ -1943,29 +1980,28 @@ class Client:
         except IndexError:
             raise NetworkError(f"{self.directory.new_nonce}: the CA gave no nonce") from None
 
-    def post(self, url: str, payload: Optional[Json], until: float = float("inf"), by_key: bool = False) -> Response:
+    def post(self, url: str, payload: Json | None, by_key: bool = False) -> Response:
         """A signed request, sent again for a refused nonce or a passing fault; AcmeError for a refusal."""
         identity: Json = {"jwk": json_web_key(self.key)} if by_key else {"kid": self.account}
-        faults, problem, response = 0, {}, None
-        for _ in range(NONCE_TRIES):
-            body = signed(self.key, {**identity, "nonce": self.nonce(), "url": url}, payload)
-            response = self.send("POST", url, body)
+        tries = faults = 0
+        while True:
+            tries += 1
+            header = {**identity, "nonce": self.nonce(), "url": url}
+            response = self.send("POST", url, signed(self.key, header, payload))
             if response.status < 400:
                 return response
             try:
                 problem = read_object(response, url)
             except NetworkError:
                 problem = {"detail": f"HTTP status {response.status} from {url}"}
-            if problem_kind(problem) == "badNonce":
+            if problem_kind(problem) == "badNonce" and tries < NONCE_TRIES:
                 continue
-            wait = asked_wait(response, self.world.now())
             faults += 1
+            wait = asked_wait(response, self.world.now())
             pause = max(wait, 0.5 * faults)
-            if response.status < 500 or faults == FAULT_TRIES or self.world.monotonic() + pause > until:
+            if response.status < 500 or faults == FAULT_TRIES or pause > PATIENCE_SECONDS:
                 raise self.refusal(response, problem, wait)
             self.world.sleep(pause)
-        assert response is not None
-        raise self.refusal(response, problem, 0)
 
     def refusal(self, response: Response, problem: Json, wait: float) -> WucmeError:
         """The error for an answer that says no, or for a CA that is out of order."""
@@ -2002,7 +2038,7 @@ class Client:
         url = self.own_url(response.headers.get("Location"), "order")
         return self.parse_order(url, read_object(response, url), names)
 
-    def fetch_order(self, url: str, names: Sequence[str]) -> Tuple[Order, float]:
+    def fetch_order(self, url: str, names: Sequence[str]) -> tuple[Order, float]:
         """An order as it stands now, and the seconds to wait before the next look."""
         response = self.post(url, None)
         return self.parse_order(url, read_object(response, url), names), asked_wait(response, self.world.now())
@@ -2043,11 +2079,11 @@ class Client:
                 token = one.get("token")
                 if not isinstance(token, str) or not TOKEN.fullmatch(token):
                     raise NetworkError(f"{url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
-                challenge = Challenge(self.own_url(one.get("url"), "challenge"), token)
+                challenge = Challenge(self.own_url(one.get("url"), "challenge"), token, str(one.get("status")))
         return Authorization(name, str(found.get("status")), challenge, tuple(errors))
 
     def settle(self, order: Order, names: Sequence[str], busy: Sequence[str], until: float,
-               asked: Optional[threading.Event] = None) -> Order:
+               asked: threading.Event | None = None) -> Order:
         """Look at an order until it leaves the `busy` states; NetworkError at the deadline (section 7.4)."""
         pause, wait = POLL_SECONDS[0], 0.0
         while True:
@@ -2090,9 +2126,9 @@ def authorize(client: Client, order: Order, names: Sequence[str], answers: Answe
     try:
         for one in pending:
             answers.publish(one.token, f"{one.token}.{thumbprint(client.key)}", asked)
-        for one in pending:
+        for one in [one for one in pending if one.status == "pending"]:
             log(f"{names[0]}: starting challenge at {one.url}")
-            client.post(one.url, {}, until)
+            client.post(one.url, {})
         log(f"{names[0]}: polling order status at {order.url}")
         return client.settle(order, names, ("pending",), until, asked if pending else None)
     finally:
@@ -2104,7 +2140,7 @@ def finish(client: Client, order: Order, names: Sequence[str], key: PrivateKey, 
     """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
     if order.status == "ready":
         log(f"{names[0]}: finalizing order at {order.finalize}")
-        client.post(order.finalize, {"csr": encode(signing_request(key, names))}, until)
+        client.post(order.finalize, {"csr": encode(signing_request(key, names))})
         order = client.settle(order, names, ("processing", "ready"), until)
     elif order.status == "processing":
         order = client.settle(order, names, ("processing",), until)
@@ -2114,7 +2150,7 @@ def finish(client: Client, order: Order, names: Sequence[str], key: PrivateKey, 
         raise NetworkError(f"{order.url}: the CA calls the order {printable(order.status)[:40]!r} and "
                            "gives no certificate")
     log(f"{names[0]}: retrieving certificate at {order.certificate}")
-    return client.post(order.certificate, None, until).body
+    return client.post(order.certificate, None).body
 
 
 # === 10. store: how a new certificate becomes the live one ======================================
@@ -2125,20 +2161,20 @@ class Step(NamedTuple):
     """One thing to do, in words and as a call of the files section."""
     text: str
     act: Callable[..., None]
-    arguments: Tuple[Any, ...]
+    arguments: tuple[Any, ...]
 
     def do(self) -> None:
         """Do it."""
         self.act(*self.arguments)
 
 
-def put(path: str, data: bytes, like: Owner) -> List[Step]:
+def put(path: str, data: bytes, like: Owner) -> list[Step]:
     """The steps that replace the content of a live path."""
     return [Step(f"saving to {path}_tmp", create, (f"{path}_tmp", data, like)),
             Step(f"renaming {path}_tmp to {path}", rename, (f"{path}_tmp", path))]
 
 
-def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> List[Step]:
+def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     """The steps that make a checked chain and its key the live pair of an entry."""
     chain_pem = b"".join(certificates(chain))
     old_key = private_key(read(entry.key)) if entry.whole else b""
@@ -2187,7 +2223,7 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     return entry._replace(memory=memory, written=memory)
 
 
-def sweep(directory: str, kept: Iterable[str]) -> List[str]:
+def sweep(directory: str, kept: Iterable[str]) -> list[str]:
     """Delete what a killed run left: files never made live, but for those kept, and published tokens."""
     keep = set(kept)
     stale = [os.path.join(directory, name) for name in os.listdir(directory)
@@ -2228,8 +2264,8 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 class Standard(NamedTuple):
     """A server that `+` knows: how to find it, test its configuration, and have it read its files again."""
-    commands: Tuple[str, ...]           # names of its processes
-    test: Tuple[str, ...]
+    commands: tuple[str, ...]           # names of its processes
+    test: tuple[str, ...]
     options: str                        # those of its own options (with a value) that the test must repeat
     reload: signal.Signals
 
@@ -2241,10 +2277,9 @@ STANDARD = {
 
 
 class Item(NamedTuple):
-    """One item of a load list, and where it stands."""
+    """One item of a load list."""
     text: str
-    argv: Tuple[str, ...]
-    where: str
+    argv: tuple[str, ...]
 
     @property
     def once(self) -> bool:
@@ -2252,27 +2287,22 @@ class Item(NamedTuple):
         return self.text[0] == "+"
 
 
-def parse_item(text: str, where: str) -> Item:
-    """One line of a load list; SettingsError for what can never work."""
+def parse_item(text: str) -> Item:
+    """One line of a load list; ValueError for what can never work."""
     import shlex
     sign, rest = text[0], text[1:].strip()
     if sign == "+" and (not rest or rest in STANDARD):
-        return Item(text, (rest,) if rest else tuple(STANDARD), where)
+        return Item(text, (rest,) if rest else tuple(STANDARD))
     if sign == "+":
-        raise SettingsError(f"{where}: {text}: no such server{nearest(rest, STANDARD)} "
-                            f"+ knows {', '.join(STANDARD)}")
+        raise ValueError(f"no such server{nearest(rest, STANDARD)} + knows {', '.join(STANDARD)}")
     if sign == "$" and rest:
-        return Item(text, ("/bin/sh", "-c", rest), where)
+        return Item(text, ("/bin/sh", "-c", rest))
     if sign == "@":
-        try:
-            argv = shlex.split(rest)
-        except ValueError as error:
-            raise SettingsError(f"{where}: {text}: {error}") from error
+        argv = shlex.split(rest)
         if argv and argv[0].startswith("/"):
-            return Item(text, tuple(argv), where)
-        raise SettingsError(f"{where}: {text}: @ needs the whole path of a file")
-    raise SettingsError(f"{where}: {printable(text)}: an item of load begins with + (known servers), "
-                        "@ (a procedure) or $ (a shell command)")
+            return Item(text, tuple(argv))
+        raise ValueError("@ needs the whole path of a file")
+    raise ValueError("an item begins with + (known servers), @ (a procedure) or $ (a shell command)")
 
 
 class Loaded(NamedTuple):
@@ -2300,8 +2330,8 @@ class Ledger:
         self.machine = machine_id()
         found = read_json(self.path)
         self.stranger = bool(found) and found.get("machine") != self.machine
-        self.records: Dict[str, Dict[str, Loaded]] = {}
-        self.saved: Dict[str, Dict[str, Loaded]] = {}
+        self.records: dict[str, dict[str, Loaded]] = {}
+        self.saved: dict[str, dict[str, Loaded]] = {}
         held = found.get("certificates")
         for name, items in (held.items() if isinstance(held, dict) and not self.stranger else ()):
             if isinstance(items, dict):
@@ -2318,11 +2348,10 @@ class Ledger:
         """Note how an item ended; whether that is news."""
         items = self.records.setdefault(entry.name, {})
         before = items.get(item, Loaded())
-        assert entry.facts is not None
         if problem:
             items[item] = before._replace(problem=problem, since=before.since if before.problem else now)
         else:
-            items[item] = Loaded(entry.facts.fingerprint)
+            items[item] = Loaded(entry.facts.fingerprint if entry.facts else "")
         return not problem or before.problem != problem
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
@@ -2345,14 +2374,14 @@ class Ledger:
 class Duty(NamedTuple):
     """One item to be done now, for these certificates."""
     item: Item
-    entries: List[Entry]
+    entries: list[Entry]
 
 
-def in_order(lists: Iterable[Sequence[str]]) -> List[str]:
+def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """The items of several lists, each once, so that every list's own order is kept where that can be."""
     import graphlib
     found = list(dict.fromkeys(tuple(one) for one in lists))
-    before: Dict[str, List[str]] = {}
+    before: dict[str, list[str]] = {}
     for one in found:
         for place, text in enumerate(one):
             before.setdefault(text, []).extend(one[max(0, place - 1):place])
@@ -2362,7 +2391,7 @@ def in_order(lists: Iterable[Sequence[str]]) -> List[str]:
     return list(before)
 
 
-def duties(entries: Iterable[Entry], items: Mapping[str, Item], due: Callable[[Entry, str], bool]) -> List[Duty]:
+def duties(entries: Iterable[Entry], items: Mapping[str, Item], due: Callable[[Entry, str], bool]) -> list[Duty]:
     """What is to be done now, in order: + once for all certificates, the others once for each."""
     whole = [entry for entry in entries if entry.whole]
     found = []
@@ -2373,12 +2402,12 @@ def duties(entries: Iterable[Entry], items: Mapping[str, Item], due: Callable[[E
     return found
 
 
-def child_environment() -> Dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The caller's environment, with a PATH that cron's lacks."""
     return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
 
 
-def load_environment(entry: Entry, directory: str, host: str) -> Dict[str, str]:
+def load_environment(entry: Entry, directory: str, host: str) -> dict[str, str]:
     """What a procedure or command is told of the certificate that it is run for."""
     about = entry.facts
     return {**child_environment(), "WUCME_NAME": entry.name, "WUCME_NAMES": " ".join(about.names if about else ()),
@@ -2386,7 +2415,7 @@ def load_environment(entry: Entry, directory: str, host: str) -> Dict[str, str]:
             "WUCME_FINGERPRINT": about.fingerprint if about else ""}
 
 
-def own_options(argv: Sequence[str], letters: str) -> List[str]:
+def own_options(argv: Sequence[str], letters: str) -> list[str]:
     """Those options of a command line that have one of these letters and a value."""
     words = argv[0].partition("master process ")[2].split() if len(argv) == 1 else list(argv)
     kept = []
@@ -2469,8 +2498,8 @@ class Outcome(NamedTuple):
 class Report(NamedTuple):
     """What became of a run."""
     files: int
-    certificates: List[Outcome]
-    loads: List[Outcome]
+    certificates: list[Outcome]
+    loads: list[Outcome]
 
     def count(self, state: str) -> int:
         """How many ended in a state."""
@@ -2493,7 +2522,7 @@ class Report(NamedTuple):
         return any(one.news for one in [*self.certificates, *self.loads])
 
 
-def utc(when: float) -> Optional[str]:
+def utc(when: float) -> str | None:
     """A time for machines, in UTC; None for never."""
     try:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
@@ -2501,7 +2530,7 @@ def utc(when: float) -> Optional[str]:
         return None
 
 
-def certificate_json(decision: Decision, loads: List[Json]) -> Json:
+def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     """One certificate as status --json has it."""
     entry, about = decision.entry, decision.entry.facts
     problem = entry.memory.problem
@@ -2514,7 +2543,7 @@ def certificate_json(decision: Decision, loads: List[Json]) -> Json:
             "failures": {"count": int(bool(problem)), "next": None, "problem": problem}, "loads": loads}
 
 
-def certificate_text(decision: Decision, found: Json, now: float) -> List[str]:
+def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
     """One certificate as status shows it to a person."""
     about = decision.entry.facts
     left = f"expires in {days(about.not_after - now)} days" if about and now < about.not_after else \
@@ -2527,7 +2556,7 @@ def certificate_text(decision: Decision, found: Json, now: float) -> List[str]:
     for load in found["loads"]:
         if load["state"] != "loaded":
             since = f" since {load['since']}" if load["since"] else ""
-            lines.append(printable(f"    owed{since}: {load['item']}" + (f": {load['problem']}" if load["problem"] else "")))
+            lines.append(printable(f"    owed{since}: {load['item']}: {load['problem'] or 'not done yet'}"))
     return lines
 
 
@@ -2539,19 +2568,29 @@ LOCK = "wucme.lock"
 class Request(NamedTuple):
     """What the command line asks for."""
     verb: str = "run"
-    names: Tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     force: bool = False
     dry_run: bool = False
     as_json: bool = False
     options: Mapping[str, str] = {}     # the settings among the options
     ini: str = ""                       # the ini that was named
+    staging: bool = False
+
+
+Ending = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
+
+
+class Opened(NamedTuple):
+    """An account at a CA, ready for use."""
+    client: Client
+    server: ServerScope
+    account: Account
 
 
 class Job(NamedTuple):
     """A certificate to obtain, and with what."""
     decision: Decision
-    client: Client
-    server: ServerScope
+    by: Opened
     answers: Answers
     seconds: float
 
@@ -2596,12 +2635,19 @@ def take_stock(settings: Settings) -> Inventory:
     return scan(settings.run.directory, settings.default, settings.sections)
 
 
-def load_items(settings: Settings) -> Dict[str, Item]:
+def load_items(settings: Settings) -> dict[str, Item]:
     """Every item of every load list, by its text; SettingsError for the first that can never work."""
-    return {text: parse_item(text, where) for text, where in settings.lists.items()}
+    items = {}
+    for text, section in settings.lists.items():
+        try:
+            items[text] = parse_item(text)
+        except ValueError as error:
+            where = settings.source.where(section, "load", text)
+            raise SettingsError(f"{where}: {printable(text)}: {error}") from error
+    return items
 
 
-def choose(inventory: Inventory, names: Sequence[str]) -> List[Entry]:
+def choose(inventory: Inventory, names: Sequence[str]) -> list[Entry]:
     """The certificates that names mean, all for none; SettingsError for a name that means none."""
     if not names:
         return list(inventory.entries.values())
@@ -2618,7 +2664,14 @@ def run_mark(now: float) -> str:
     return time.strftime("%Y%m%d%H%M%S", time.localtime(now)) + f"{int(now * 100) % 100:02d}"
 
 
-def open_client(settings: Settings, word: str, world: World) -> Tuple[Client, ServerScope, Account]:
+def note_account(client: Client, account: Account) -> None:
+    """Remember the URL of an account, if that is news."""
+    state = {"directory": client.url, "account": client.account}
+    if client.account and read_json(account.state) != state:
+        replace(account.state, json.dumps(state).encode())
+
+
+def open_client(settings: Settings, word: str, world: World) -> Opened:
     """A client with an account at the CA that a `server` word means, made if the terms are agreed to."""
     label, server = find_server(settings, word)
     directory = settings.run.directory
@@ -2641,19 +2694,13 @@ def open_client(settings: Settings, word: str, world: World) -> Tuple[Client, Se
             raise AcmeError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be agreed "
                             "to first: set agree = yes, or use --agree", "userActionRequired")
         client.register(server.contact, True)
-    return client, server._replace(agree=True), account
-
-
-def note_account(client: Client, account: Account) -> None:
-    """Remember the URL of an account, if that is news."""
-    state = {"directory": client.url, "account": client.account}
-    if client.account and read_json(account.state) != state:
-        replace(account.state, json.dumps(state).encode())
+    note_account(client, account)
+    return Opened(client, server, account)
 
 
 def start_order(job: Job, names: Sequence[str]) -> Order:
     """The order that an earlier run could not finish, else a new one."""
-    entry, client = job.decision.entry, job.client
+    entry, client = job.decision.entry, job.by.client
     if entry.memory.order and entry.memory.order_server == client.url:
         with contextlib.suppress(WucmeError):
             order, _ = client.fetch_order(client.own_url(entry.memory.order, "order"), names)
@@ -2667,7 +2714,7 @@ def start_order(job: Job, names: Sequence[str]) -> Order:
     except AcmeError as error:
         if error.kind != "accountDoesNotExist":
             raise
-        client.register_again(account, job.server.contact)
+        client.register_again(account, job.by.server.contact)
         order = client.new_order(names)
     log(f"{names[0]}: order URL: {order.url}")
     return order
@@ -2688,7 +2735,7 @@ def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
 
 def obtain(job: Job, directory: str) -> Obtained:
     """Take one certificate through the whole of ACME, with what a killed run needs to go on written down."""
-    entry, client = job.decision.entry, job.client
+    entry, client = job.decision.entry, job.by.client
     until = client.world.monotonic() + job.seconds
     names = wanted_names(entry)
     order = start_order(job, names)
@@ -2724,8 +2771,11 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     for path in (entry.chain, entry.key):
         prune(path, run.backups)
     log(f"wuCME successful {entry.title} renewal")
-    return remember(run.directory, look(entry), server=obtained.job.client.url, names=tuple(names), order="",
-                    order_server="", problem="")
+    found = look(entry)
+    with contextlib.suppress(OSError):      # it is live: what follows must not undo that
+        remember(run.directory, found, server=obtained.job.by.client.url, names=tuple(names), order="", order_server="",
+                 problem="")
+    return found
 
 
 def fail(entry: Entry, error: WucmeError | OSError, directory: str) -> Outcome:
@@ -2743,7 +2793,7 @@ def fail(entry: Entry, error: WucmeError | OSError, directory: str) -> Outcome:
     return Outcome(entry.title, "failed", problem, news)
 
 
-def work(jobs: queue.Queue[Job], results: queue.Queue[Tuple[Job, Any]], started: Dict[str, float],
+def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
          directory: str) -> None:
     """What a worker does: one job after the other, each ending in a value."""
     import queue
@@ -2759,13 +2809,13 @@ def work(jobs: queue.Queue[Job], results: queue.Queue[Tuple[Job, Any]], started:
             results.put((job, error))
 
 
-def gather(jobs: List[Job], run: RunScope) -> Iterator[Tuple[Job, Any]]:
+def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[Job, Any]]:
     """The jobs as they end, each with what was obtained or the error; none is waited for without end."""
     import queue
     import threading
     waiting: queue.Queue[Job] = queue.Queue()
-    results: queue.Queue[Tuple[Job, Any]] = queue.Queue()
-    started: Dict[str, float] = {}
+    results: queue.Queue[tuple[Job, Any]] = queue.Queue()
+    started: dict[str, float] = {}
     for job in jobs:
         waiting.put(job)
     for _ in range(min(run.workers, len(jobs))):
@@ -2784,7 +2834,7 @@ def gather(jobs: List[Job], run: RunScope) -> Iterator[Tuple[Job, Any]]:
             yield job, result
 
 
-def check_challenge(entry: Entry, listeners: Mapping[Tuple[str, int], Any]) -> None:
+def check_challenge(entry: Entry, refused: Mapping[tuple[str, int], str]) -> None:
     """Refuse, before any order, a certificate whose challenge cannot be answered from here."""
     wild = [name for name in wanted_names(entry) if name.startswith("*.")]
     if wild:
@@ -2792,59 +2842,76 @@ def check_challenge(entry: Entry, listeners: Mapping[Tuple[str, int], Any]) -> N
     if not entry.wanted.listen:
         raise ListenerError("listen = none: nothing here answers the challenge")
     for address in entry.wanted.listen:
-        if isinstance(listeners[address], ListenerError):
-            raise listeners[address]
+        if address in refused:
+            raise ListenerError(refused[address])
 
 
-def renew_all(due: List[Decision], settings: Settings, world: World, now: float) -> Iterator[Tuple[Entry, Outcome]]:
-    """Obtain and store every certificate that is due; each comes back as it is now, with its outcome."""
-    run = settings.run
-    answers = Answers(run.directory)
-    listeners = open_listeners((address for one in due for address in one.entry.wanted.listen), answers)
-    clients: Dict[str, Any] = {}
-    jobs: List[Job] = []
-    try:
-        for decision in sorted(due, key=lambda one: one.entry.facts.not_after if one.entry.facts else now):
-            entry = decision.entry
-            word = entry.wanted.server[0]
+class Clients:
+    """The accounts that a run needs, each opened once; one that cannot be opened fails all who need it."""
+
+    def __init__(self, settings: Settings, world: World) -> None:
+        self.settings, self.world = settings, world
+        self.opened: dict[str, Opened | Exception] = {}
+
+    def get(self, word: str) -> Opened:
+        """The account at the CA that a `server` word means."""
+        if word not in self.opened:
             try:
-                check_challenge(entry, listeners)
-                if word not in clients:
-                    try:
-                        clients[word] = open_client(settings, word, world)
-                        note_account(clients[word][0], clients[word][2])
-                    except (WucmeError, OSError) as error:
-                        clients[word] = error
-                if isinstance(clients[word], Exception):
-                    raise clients[word]
-                jobs.append(Job(decision, clients[word][0], clients[word][1], answers, run.deadline))
+                self.opened[word] = open_client(self.settings, word, self.world)
             except (WucmeError, OSError) as error:
-                yield entry, fail(entry, error, run.directory)
-        for job, result in gather(jobs, run):
-            entry = job.decision.entry
-            try:
-                if isinstance(result, BaseException):
-                    raise result
-                yield store(result, run, run_mark(now), now), Outcome(entry.title, "renewed", "", True)
-            except (WucmeError, OSError) as error:
-                yield entry, fail(entry, error, run.directory)
-    finally:
-        for found in clients.values():
+                self.opened[word] = error
+        found = self.opened[word]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def close(self) -> None:
+        """Remember what became of the accounts."""
+        for found in self.opened.values():
             if not isinstance(found, Exception):
-                note_account(found[0], found[2])
-        for listener in listeners.values():
-            if isinstance(listener, Listener):
-                listener.close()
+                with contextlib.suppress(OSError):      # the account can be asked for again
+                    note_account(found.client, found.account)
 
 
-def pay(entries: Mapping[str, Entry], settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: World,
-        due: Callable[[Entry, str], bool]) -> List[Outcome]:
-    """Do what is to be loaded; an item that fails does not stop the next, and stays owed."""
+def conclude(job: Job, result: Any, run: RunScope, now: float) -> Ending:
+    """Make live what a job obtained; the entry as it is then, with its outcome."""
+    entry = job.decision.entry
+    try:
+        if isinstance(result, BaseException):
+            raise result
+        return store(result, run, run_mark(now), now), Outcome(entry.title, "renewed", "", True)
+    except (WucmeError, OSError) as error:
+        return entry, fail(entry, error, run.directory)
+
+
+def renew_all(due: Iterable[Decision], settings: Settings, world: World, now: float) -> Iterator[Ending]:
+    """Obtain and store every certificate that is due, the most urgent first."""
     run = settings.run
+    urgent = sorted(due, key=lambda one: one.entry.facts.not_after if one.entry.facts else now)
+    answers, clients = Answers(run.directory), Clients(settings, world)
+    listeners, refused = open_listeners((address for one in urgent for address in one.entry.wanted.listen), answers)
+    jobs = []
+    try:
+        for decision in urgent:
+            try:
+                check_challenge(decision.entry, refused)
+                jobs.append(Job(decision, clients.get(decision.entry.wanted.server[0]), answers, run.deadline))
+            except (WucmeError, OSError) as error:
+                yield decision.entry, fail(decision.entry, error, run.directory)
+        for job, result in gather(jobs, run):
+            yield conclude(job, result, run, now)
+    finally:
+        clients.close()
+        for listener in listeners:
+            listener.close()
+
+
+def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> list[Outcome]:
+    """Do what is to be loaded; an item that fails does not stop the next, and stays owed."""
     outcomes = []
     saved = world.monotonic()
     try:
-        for duty in duties(entries.values(), items, due):
+        for duty in todo:
             who = ", ".join(entry.title for entry in duty.entries)
             problem = perform(duty, run.directory, run.host, world)
             log(f"{'load failed' if problem else 'load succeeded'}: {duty.item.text} ({who})"
@@ -2860,14 +2927,14 @@ def pay(entries: Mapping[str, Entry], settings: Settings, items: Mapping[str, It
     return outcomes
 
 
-def examine(inventory: Inventory, request: Request, now: float) -> List[Decision]:
+def examine(inventory: Inventory, request: Request, now: float) -> list[Decision]:
     """What to do about each certificate; one that was not asked for is not due."""
     chosen = {entry.name for entry in choose(inventory, request.names)}
     decisions = [decide(entry, now, request.force and entry.name in chosen) for entry in inventory.entries.values()]
     return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
 
 
-def tend(decisions: Sequence[Decision], settings: Settings, world: World, now: float) -> Iterator[Tuple[Entry, Outcome]]:
+def tend(decisions: Iterable[Decision], settings: Settings, world: World, now: float) -> Iterator[Ending]:
     """See to every certificate: each comes back as it is afterwards, with its outcome."""
     directory = settings.run.directory
     for one in decisions:
@@ -2877,10 +2944,12 @@ def tend(decisions: Sequence[Decision], settings: Settings, world: World, now: f
                 log(dates(one, now))
         if one.due:
             log(f"{one.entry.title}: due: {one.reason}")
-        elif one.entry.facts is None and one.entry.fault:
+        elif one.entry.fault:
             yield one.entry, fail(one.entry, FileError(one.entry.fault), directory)
         else:
-            yield remember(directory, one.entry), Outcome(one.entry.title, "current")
+            with contextlib.suppress(OSError):      # it can be learnt again
+                remember(directory, one.entry)
+            yield one.entry, Outcome(one.entry.title, "current")
     due = [one for one in decisions if one.due]
     if due:
         yield from renew_all(due, settings, world, now)
@@ -2913,7 +2982,8 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
             outcomes.append(outcome)
         ledger = open_ledger(run)
         ledger.forget(entries)
-        report = Report(inventory.files, outcomes, pay(entries, settings, items, ledger, world, ledger.owes))
+        loads = pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
+        report = Report(inventory.files, outcomes, loads)
         log(report.tally())
     return report
 
@@ -2925,13 +2995,13 @@ def rehearse(settings: Settings, request: Request, world: World) -> Report:
         inventory = take_stock(settings)
         entries = {entry.name: entry for entry in choose(inventory, request.names)}
         ledger = open_ledger(settings.run)
-        loads = pay(entries, settings, items, ledger, world, lambda *_: True)
+        loads = pay(duties(entries.values(), items, lambda *_: True), settings.run, ledger, world)
         if not loads:
             log("nothing was loaded: " + ("the load list is empty" if entries else "there is no certificate"))
         return Report(inventory.files, [Outcome(entry.title, "current") for entry in entries.values()], loads)
 
 
-def foretell(settings: Settings, request: Request, world: World) -> List[str]:
+def foretell(settings: Settings, request: Request, world: World) -> list[str]:
     """What a run (or a load) would do, in words; nothing is changed."""
     items, run, now = load_items(settings), settings.run, world.now()
     inventory = scan(run.directory, settings.default, settings.sections)
@@ -2946,20 +3016,21 @@ def foretell(settings: Settings, request: Request, world: World) -> List[str]:
     ledger = Ledger(run.directory, run.host)
     renewed = {one.entry.name for one in decisions if one.due}
     chosen = {entry.name for entry in choose(inventory, request.names)}
-    for duty in duties((one.entry for one in decisions), items, lambda entry, text: (
-            entry.name in (chosen if request.verb == "load" else renewed) or ledger.owes(entry, text))):
-        lines.append(f"would load {duty.item.text} for {', '.join(entry.title for entry in duty.entries)}")
+    again = chosen if request.verb == "load" else renewed
+    todo = duties((one.entry for one in decisions), items, lambda entry, text: entry.name in again or
+                  ledger.owes(entry, text))
+    lines += [f"would load {one.item.text} for {', '.join(entry.title for entry in one.entries)}" for one in todo]
     return [printable(line) for line in lines] or ["nothing to do"]
 
 
 class Standing(NamedTuple):
     """What status found."""
-    lines: List[str]
+    lines: list[str]
     about: Json
     status: int
 
 
-def load_json(entry: Entry, ledger: Ledger) -> List[Json]:
+def load_json(entry: Entry, ledger: Ledger) -> list[Json]:
     """The load list of one certificate, as status --json has it."""
     found = []
     for text in entry.wanted.load:
@@ -2973,7 +3044,7 @@ def standing(settings: Settings, world: World) -> Standing:
     """What is there, what is due, what is owed; looks only."""
     now, run = world.now(), settings.run
     held = signature(os.path.join(run.directory, LOCK))
-    seen = held[1] / 1e9 if held else 0.0
+    seen = int(held.split()[1]) / 1e9 if held else 0.0
     ledger = Ledger(run.directory, run.host)
     entries = scan(run.directory, settings.default, settings.sections).entries
     lines, found = [], []
@@ -2989,61 +3060,22 @@ def standing(settings: Settings, world: World) -> Standing:
     return Standing(lines, about, 1 if bad or now - seen > 2 * 86400 else 0)
 
 
-def declare(settings: Settings, request: Request) -> Tuple[Settings, Request]:
-    """What `issue` asks for as a section of its own, unless the ini has one, and a run for that alone."""
-    try:
-        wanted = some_names(" ".join(request.names))
-    except (ValueError, UnicodeError) as error:
-        raise SettingsError(str(error)) from error
-    if not wanted:
-        raise SettingsError("issue needs the names that the certificate is for")
-    label = file_label(wanted[0])
-    known = settings.sections.get(label)
-    if known and len(wanted) > 1 and set(known.values.names) != set(wanted):
-        raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
-                            f"has ({' '.join(known.values.names)}); change them there")
-    if not known:
-        own = frozenset({"names", *request.options} & set(CertificateScope._field_defaults))
-        known = Section(wanted[0], settings.default._replace(names=wanted), own)
-    return settings._replace(sections={**settings.sections, label: known}), request._replace(names=(label,))
-
-
-def keep_options(settings: Settings, section: Section, request: Request) -> List[str]:
-    """Write the options of a first issue into the ini, so that renewals do the same; lines that say so."""
-    own = {key: text for key, text in request.options.items() if text != SETTINGS[key].default and key != "agree"}
-    special = {key: text for key, text in own.items() if key in CertificateScope._field_defaults}
-    common = {key: text for key, text in own.items() if key not in special}
-    source = settings.source
-    path = source.path or request.ini or os.path.join(default_directory(), "wucme.ini")
-    parts, lines = [source.text.rstrip("\n") + "\n"] if source.text.strip() else [], []
-    if common and not source.path:
-        parts.append(ini_section("wucme", common))
-    elif common:
-        lines.append(f"for renewals, write these into {path} yourself: "
-                     + "; ".join(f"{key} = {text}" for key, text in common.items()))
-    if special and section.title not in parse_ini(source):
-        parts.append(ini_section(section.title, {"names": " ".join(section.values.names), **special}))
-    if len(parts) > bool(source.text.strip()):
-        make_directory(os.path.dirname(path))
-        replace(path, "\n".join(parts).encode(), 0o644)
-        lines.append(f"for renewals, the options were written to {path}")
-    return lines
-
-
 def issue(settings: Settings, request: Request, world: World) -> Report:
     """The first certificate for some names: a run for it alone, then what its user wants to know."""
-    fresh, only = declare(settings, request)
-    label = only.names[0]
+    fresh, label = declare(settings, request.names, request.options)
     section = fresh.sections[label]
-    report = run_once(fresh, only, world)
-    entry = scan(fresh.run.directory, fresh.default, fresh.sections)
-    found = choose(entry, [label])[0]
-    if found.whole and not found.memory.problem:
-        print(f"certificate: {found.chain}\nkey:         {found.key}")
-        if not section.values.load:
-            print("the load list is empty: no server is told of a new certificate (see LOAD LIST in --help)")
-        for line in keep_options(settings, section, request):
-            print(line)
+    report = run_once(fresh, request._replace(names=(label,)), world)
+    found = choose(scan(fresh.run.directory, fresh.default, fresh.sections), [label])[0]
+    if not found.whole or report.count("failed"):
+        return report
+    if not report.count("renewed"):
+        print(f"{found.title} is not due before {utc(decide(found, world.now()).renew_at)}; --force renews it now")
+    print(f"certificate: {found.chain}\nkey:         {found.key}")
+    if not section.values.load:
+        print("the load list is empty: no server is told of a new certificate (see LOAD LIST in --help)")
+    path = settings.source.path or request.ini or os.path.join(default_directory(), "wucme.ini")
+    for line in keep_options(settings.source, path, section, request.options) if not request.staging else ():
+        print(line)
     return report
 
 
@@ -3086,7 +3118,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def option_texts(arguments: Json) -> Dict[str, str]:
+def option_texts(arguments: Json) -> dict[str, str]:
     """The settings among the options, as texts like those of an ini."""
     given = {key[4:]: value for key, value in arguments.items() if key.startswith("set_") and value is not None}
     return {key: "\n".join(value) if isinstance(value, list) else value if isinstance(value, str)
@@ -3095,25 +3127,31 @@ def option_texts(arguments: Json) -> Dict[str, str]:
 
 def staging(settings: Settings) -> Settings:
     """The same settings for trying out: the staging CA, a directory of its own, no loads."""
-    change: Json = {"server": ("letsencrypt-staging",), "load": ()}
+    def tame(scope: CertificateScope) -> CertificateScope:
+        return scope._replace(server=("letsencrypt-staging",), load=())
+
     return settings._replace(
         run=settings.run._replace(directory=os.path.join(settings.run.directory, "staging")),
-        default=settings.default._replace(**change), lists={},
-        sections={label: one._replace(values=one.values._replace(**change)) for label, one in settings.sections.items()})
+        default=tame(settings.default), lists={},
+        sections={label: one._replace(values=tame(one.values)) for label, one in settings.sections.items()})
 
 
 def open_log(run: RunScope) -> None:
     """Begin to write the log file; without one the run goes on."""
     make_directory(run.directory)
-    with contextlib.suppress(OSError):
+    try:
         log.descriptor = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        log(f"no log is written: {sentence(error)}")
 
 
 def act(settings: Settings, request: Request, world: World) -> int:
     """Do what the verb says; the exit status."""
     if request.dry_run:
-        print("\n".join(foretell(*(declare(settings, request) if request.verb == "issue" else (settings, request)),
-                                 world)))
+        if request.verb == "issue":
+            settings, label = declare(settings, request.names, request.options)
+            request = request._replace(names=(label,))
+        print("\n".join(foretell(settings, request, world)))
         return 0
     if request.verb == "status":
         found = standing(settings, world)
@@ -3134,31 +3172,37 @@ def need_cryptography() -> None:
                             "dnf install python3-cryptography, pip install cryptography, or uv run wucme.py")
 
 
-def understand(arguments: Json) -> Tuple[Settings, Request]:
+def understand(arguments: Json) -> tuple[Settings, Request]:
     """What the command line and the ini ask for; SettingsError where they ask for what cannot be."""
     verb, names = arguments["verb"], tuple(arguments["names"])
     if verb not in VERBS:
         raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} There are {', '.join(VERBS)}")
     if names and verb in ("run", "status"):
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
+    if arguments["force"] and verb not in ("issue", "renew"):
+        raise SettingsError(f"--force goes with issue and renew, not with {verb}")
     options = option_texts(arguments)
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
     settings = read_settings(read_source("" if fresh else find_ini(named)), options)
     return (staging(settings) if arguments["staging"] else settings,
-            Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named))
+            Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
+                    arguments["staging"]))
 
 
 def end(number: int, _: object) -> NoReturn:
     """On a signal: leave, by way of everything that must be closed."""
+    log(f"stopped by {signal.Signals(number).name}")
+    log.flush()
     raise SystemExit(128 + number)
 
 
-def main(argv: Optional[Sequence[str]] = None, world: World = REAL) -> int:
+def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     """The program: 0 all is well, 1 something failed or is owed, 2 usage or settings."""
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, end)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
     world = world._replace(command=functools.partial(world.command, umask=umask))
     try:
         arguments = vars(argument_parser().parse_intermixed_args(argv))
