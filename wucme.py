@@ -88,7 +88,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 if TYPE_CHECKING:
     import argparse
@@ -360,12 +360,9 @@ class Finished(NamedTuple):
 
 def drain(descriptor: int, kept: bytearray) -> None:
     """Read a pipe to its end, so that the writer never waits, and keep only so much."""
-    with contextlib.suppress(OSError):
-        while True:
-            data = os.read(descriptor, 1 << 16)
-            if not data:
-                return
-            kept += data[:OUTPUT_BYTES - len(kept)]
+    while data := os.read(descriptor, 1 << 16):
+        kept += data[:OUTPUT_BYTES - len(kept)]
+    os.close(descriptor)
 
 
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: int = -1,
@@ -373,15 +370,17 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
     """Run a command in a process group of its own, which is killed as one on time-out or signal."""
     import subprocess
     import threading
-    try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, env=dict(env), cwd=cwd,
-                                   start_new_session=True, umask=umask)
-    except OSError as error:
-        return Finished(f"cannot be run: {error.strerror}", [])
+    ours, theirs = os.pipe()
     kept = bytearray()
-    pipe = cast("IO[bytes]", process.stdout)
-    reader = threading.Thread(target=drain, args=(pipe.fileno(), kept), daemon=True)
+    try:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.STDOUT,
+                                   env=dict(env), cwd=cwd, start_new_session=True, umask=umask)
+    except OSError as error:
+        os.close(ours)
+        return Finished(f"cannot be run: {error.strerror}", [])
+    finally:
+        os.close(theirs)
+    reader = threading.Thread(target=drain, args=(ours, kept), daemon=True)
     reader.start()
     try:
         status = process.wait(timeout)
@@ -394,8 +393,6 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     reader.join(0.5)            # not longer: a daemon left behind may hold the pipe for ever
-    if not reader.is_alive():
-        pipe.close()
     return Finished(problem, bytes(kept).decode("utf-8", "backslashreplace").splitlines())
 
 
@@ -818,6 +815,15 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     return True
 
 
+def is_authority(certificate: x509.Certificate) -> bool:
+    """Whether a certificate may issue others."""
+    from cryptography import x509
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
 def gmt(when: float) -> str:
     """A time as certificates print it: Mar 13 12:52:11 2026 GMT."""
     try:
@@ -837,6 +843,8 @@ def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float)
     if len(found) > CHAIN_LENGTH:
         raise PemError(f"the CA sent a chain of {len(found)} certificates")
     leaf = facts(chain)
+    if is_authority(found[0]):
+        raise PemError("the certificate that the CA sent is a CA's")
     if leaf.key != key_hash(key.public_key()):
         raise PemError("the certificate that the CA sent is for another key")
     missing = sorted(set(names) - set(leaf.names))
@@ -1912,7 +1920,7 @@ def problem_text(problem: Json) -> str:
 
 
 class Client:
-    """One account at one CA; used by several workers, each with a connection of its own."""
+    """One account at one CA; several workers use it, and as many connections as they need at once."""
 
     def __init__(self, url: str, key: PrivateKey, world: World, connect: Callable[[], Http]) -> None:
         import collections
@@ -1922,22 +1930,27 @@ class Client:
         self.world = world
         self.connect = connect
         self.account = ""
-        self.local = threading.local()
+        self.idle: collections.deque[Http] = collections.deque()
         self.guard = threading.Lock()
         self.nonces: collections.deque[str] = collections.deque(maxlen=64)
         self.directory = self.fetch_directory()
 
-    @property
-    def http(self) -> Http:
-        """The connection of this thread."""
-        if not hasattr(self.local, "http"):
-            self.local.http = self.connect()
-        return cast(Http, self.local.http)
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        while self.idle:
+            self.idle.pop().close()
 
     def send(self, method: str, url: str, body: bytes | None = None) -> Response:
         """One request; keeps the nonce that comes back, whatever else does (section 6.5)."""
         headers = {"Content-Type": "application/jose+json"} if body is not None else {}
-        response = self.http.request(method, url, body, headers)
+        try:
+            http = self.idle.pop()
+        except IndexError:
+            http = self.connect()
+        try:
+            response = http.request(method, url, body, headers)
+        finally:
+            self.idle.append(http)
         log.detail(f"{method} {url}: {response.status}")
         nonce = response.headers.get("Replay-Nonce") or ""
         if TOKEN.fullmatch(nonce):
@@ -2756,7 +2769,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     temporary = f"{entry.chain}_tmp"
     log(f"saving certificate to {temporary}")
     create(temporary, obtained.chain)
-    log(f"reading private key for {entry.key}")
+    log(f"reading private key {entry.key}")
     extra = check_chain(read(temporary), key, names, now)
     if extra:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
@@ -2786,6 +2799,7 @@ def fail(entry: Entry, error: WucmeError | OSError, directory: str) -> Outcome:
     written = read_memory(state_path(directory, entry.name))
     memory = written._replace(problem=problem)
     with contextlib.suppress(OSError):      # the disk may be what failed
+        remove(f"{entry.chain}_tmp")
         if isinstance(error, (AcmeError, PemError)):
             memory = memory._replace(order="", order_server="")
             remove(f"{entry.key}_tmp")
@@ -2869,6 +2883,7 @@ class Clients:
         """Remember what became of the accounts."""
         for found in self.opened.values():
             if not isinstance(found, Exception):
+                found.client.close()
                 with contextlib.suppress(OSError):      # the account can be asked for again
                     note_account(found.client, found.account)
 

@@ -1,0 +1,557 @@
+"""Real servers for the tests and the demo: a test CA with its DNS server, and TLS servers, on loopback.
+
+Each is a context manager that keeps its files in a directory of its own and ends its processes,
+whatever happens: with the context, and when this process is killed too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import ipaddress
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import subprocess
+import sys
+import time
+import unittest
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CI = Path(__file__).resolve().parent
+DAYS_90 = 90 * 86400
+READY_WITHIN = 15.0
+SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+APACHE_MODULES = Path("/usr/lib/apache2/modules")
+
+
+class Missing(unittest.SkipTest):
+    """Says that this machine lacks a program; pytest takes it for a skip with this reason."""
+
+
+class NotReady(RuntimeError):
+    """Says that a server did not start, with the end of its log."""
+
+
+def program(name: str) -> str:
+    """Finds a program on the PATH or in the system directories that an ordinary PATH leaves out."""
+    found = shutil.which(name, path=SYSTEM_PATH)
+    if found is None:
+        raise Missing(f"{name} is not installed here")
+    return found
+
+
+@functools.cache
+def _setup_pebble() -> tuple[bool, str]:
+    """Asks `.ci/setup` once for pebble, and returns whether it was got, and its directory or the reason."""
+    done = subprocess.run([sys.executable, CI / "setup", "pebble"], capture_output=True, text=True, check=False)
+    told = done.stdout if done.returncode == 0 else done.stderr
+    return done.returncode == 0, (told.splitlines() or ["no reason given"])[-1]
+
+
+def pebble_binaries() -> Path:
+    """Returns the directory of pebble and pebble-challtestsrv, got from Debian if need be."""
+    got, told = _setup_pebble()
+    if not got:
+        raise Missing(told.removeprefix("setup: "))
+    return Path(told)
+
+
+# --- processes and ports --------------------------------------------------------------------------
+
+
+def _is_free(port: int) -> bool:
+    """Tells whether a port can be bound for TCP and for UDP."""
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(socket.AF_INET, kind) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+    return True
+
+
+def free_ports(count: int) -> list[int]:
+    """Picks ports below those of outgoing connections, so that the kernel gives none away meanwhile."""
+    candidates = random.sample(range(10000, 32000), 1000)
+    ports = [port for port, _ in zip((port for port in candidates if _is_free(port)), range(count))]
+    if len(ports) < count:
+        raise NotReady("there are no free ports")
+    return ports
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server with its children: politely, then by force."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a server as a process group that ends with the context.
+
+    A guard waits on a pipe that only we hold open: should we be killed, it ends the group instead.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
+        )
+    try:
+        with subprocess.Popen(
+            ["sh", "-c", 'read -r _; kill -s TERM -- "-$1"', "guard", str(process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as guard:
+            try:
+                yield process
+            finally:
+                guard.kill()
+    finally:
+        _stop(process)
+
+
+def _tail(log: Path) -> str:
+    """Returns the last lines of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-10:])
+
+
+def until_ready(process: subprocess.Popen[bytes], log: Path, answers: Callable[[], object]) -> None:
+    """Waits until a server answers without an error, or raises with the end of its log."""
+    deadline = time.monotonic() + READY_WITHIN
+    while True:
+        try:
+            answers()
+            return
+        except OSError as error:
+            if process.poll() is not None:
+                raise NotReady(f"{log.stem} ended at once:\n{_tail(log)}") from None
+            if time.monotonic() > deadline:
+                raise NotReady(f"{log.stem} does not answer ({error}):\n{_tail(log)}") from None
+        time.sleep(0.02)
+
+
+def connects(port: int) -> None:
+    """Opens and closes a connection."""
+    socket.create_connection(("127.0.0.1", port), timeout=2).close()
+
+
+S = TypeVar("S", bound="Server")
+
+
+class Server:
+    """What all servers here share: a directory, and processes that live as long as the context."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        self._running = contextlib.ExitStack()
+
+    def __enter__(self: S) -> S:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            self._running = stack
+            self._start()
+            self._running = stack.pop_all()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._running.close()
+
+    def _start(self) -> None:
+        """Starts the processes and returns when they answer."""
+        raise NotImplementedError
+
+    def _run(
+        self,
+        name: str,
+        command: Sequence[str],
+        answers: Callable[[], object],
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """Starts one process, logging to NAME.log, and waits until it answers."""
+        log = self.directory / f"{name}.log"
+        process = self._running.enter_context(running(command, log, env))
+        until_ready(process, log, answers)
+        return process
+
+
+# --- certificates ---------------------------------------------------------------------------------
+
+
+_KEY_USES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "key_cert_sign",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
+
+
+class Authority:
+    """A home-made CA, for the HTTPS of the test CA and for certificates that are to be replaced."""
+
+    def __init__(self, name: str = "home-made CA") -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        usage = {use: use in ("key_cert_sign", "crl_sign") for use in _KEY_USES}
+        builder = self._builder(self._name, self._key.public_key(), days=3650)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        builder = builder.add_extension(x509.KeyUsage(**usage), critical=True)
+        self.pem = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, days: float
+    ) -> x509.CertificateBuilder:
+        """Begins a certificate that was valid an hour ago and is for `days` more."""
+        now = datetime.datetime.now(datetime.timezone.utc)
+        authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(days=days))
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(authority, critical=False)
+        )
+
+    def issue(self, *names: str, days: float = 90) -> tuple[bytes, bytes]:
+        """Issues a certificate for names and addresses, and returns it and its key as PEM."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        usage = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH])
+        builder = self._builder(x509.Name([]), key.public_key(), days)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(usage, critical=False)
+        builder = builder.add_extension(
+            x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=True
+        )
+        certificate = builder.sign(self._key, hashes.SHA256())
+        return certificate.public_bytes(serialization.Encoding.PEM), key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    """Makes the entry of a certificate for a host name or an address."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def served(port: int, name: str, ca: bytes) -> bytes:
+    """Returns the certificate (DER) that a server here presents for a name, verified up to `ca` (PEM)."""
+    context = ssl.create_default_context(cadata=ca.decode())
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    plain = socket.create_connection(("127.0.0.1", port), timeout=5)
+    with plain, context.wrap_socket(plain, server_hostname=name) as secure:
+        leaf = secure.getpeercert(binary_form=True)
+    assert leaf is not None
+    return leaf
+
+
+# --- the test CA ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _dns_flags(challtestsrv: Path) -> tuple[str, ...]:
+    """Returns the flags that differ among versions of pebble-challtestsrv: no DoH, and DNS at an address."""
+    usage = subprocess.run([challtestsrv, "-h"], capture_output=True, text=True, check=False).stderr
+    dns = "-dnsserver" if "-dnsserver" in usage else "-dns01"
+    return ("-doh", "", dns) if "-doh " in usage else (dns,)
+
+
+class Pebble(Server):
+    """pebble, Let's Encrypt's test CA, with the DNS server it asks, in which every name is 127.0.0.1.
+
+    It looks for http-01 answers at `http_port` and for tls-alpn-01 at `tls_port`. Seconds of `retry_after`
+    are for authorizations and orders; `eab` maps key identifiers to MAC keys, and makes them required.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        binaries: Path,
+        nonce_reject: int = 5,
+        authz_reuse: int = 0,
+        va_nosleep: bool = True,
+        always_valid: bool = False,
+        strict: bool = True,
+        validity: int = DAYS_90,
+        profiles: Mapping[str, Mapping[str, object]] | None = None,
+        retry_after: tuple[int, int] = (0, 0),
+        eab: Mapping[str, str] | None = None,
+        alternate_roots: int = 0,
+        chain_length: int = 1,
+    ) -> None:
+        super().__init__(directory)
+        self.acme_port, self.management_port, self.http_port, self.tls_port = free_ports(4)
+        dns, self._challtestsrv = free_ports(2)
+        self.directory_url = f"https://localhost:{self.acme_port}/dir"
+        self.dns_address = f"127.0.0.1:{dns}"
+        self.ca_file = self.directory / "ca.pem"
+        self._binaries = binaries.absolute()
+        self._strict = strict
+        self._environment = {
+            "PEBBLE_WFE_NONCEREJECT": str(nonce_reject),
+            "PEBBLE_AUTHZREUSE": str(authz_reuse),
+            "PEBBLE_VA_NOSLEEP": str(int(va_nosleep)),
+            "PEBBLE_VA_ALWAYS_VALID": str(int(always_valid)),
+            "PEBBLE_ALTERNATE_ROOTS": str(alternate_roots),
+            "PEBBLE_CHAIN_LENGTH": str(chain_length),
+        }
+        self._settings = {
+            "listenAddress": f"127.0.0.1:{self.acme_port}",
+            "managementListenAddress": f"127.0.0.1:{self.management_port}",
+            "certificate": str(self.directory / "server.pem"),
+            "privateKey": str(self.directory / "server.key"),
+            "httpPort": self.http_port,
+            "tlsPort": self.tls_port,
+            "ocspResponderURL": "",
+            "externalAccountBindingRequired": eab is not None,
+            "externalAccountMACKeys": dict(eab or {}),
+            "domainBlocklist": ["blocked-domain.example"],
+            "retryAfter": {"authz": retry_after[0], "order": retry_after[1]},
+            "keyAlgorithm": "ecdsa",
+            "certificateValidityPeriod": validity,
+            "profiles": profiles or {"default": {"description": "the only one", "validityPeriod": validity}},
+        }
+
+    def _start(self) -> None:
+        """Starts the DNS server, then the CA."""
+        authority = Authority("test CA, HTTPS")
+        certificate, key = authority.issue("localhost", "127.0.0.1")
+        for name, text in (("ca.pem", authority.pem), ("server.pem", certificate), ("server.key", key)):
+            (self.directory / name).write_bytes(text)
+        config = self.directory / "pebble.json"
+        config.write_text(json.dumps({"pebble": self._settings}, indent=1))
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}),
+            urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=str(self.ca_file))),
+        )
+        names = self._binaries / "pebble-challtestsrv"
+        options = [f"-management=127.0.0.1:{self._challtestsrv}", "-defaultIPv4=127.0.0.1", "-defaultIPv6="]
+        options += ["-http01=", "-https01=", "-tlsalpn01=", *_dns_flags(names), self.dns_address]
+        self._run("challtestsrv", [str(names), *options], lambda: connects(self._challtestsrv))
+        options = [f"-config={config}", f"-dnsserver={self.dns_address}", *(["-strict"] if self._strict else [])]
+        self._run(
+            "pebble",
+            [str(self._binaries / "pebble"), *options],
+            lambda: self._fetch(self.directory_url),
+            {**os.environ, **self._environment},
+        )
+
+    def _fetch(self, url: str, body: object | None = None) -> bytes:
+        """Gets an address, or posts JSON to it."""
+        data = None if body is None else json.dumps(body).encode()
+        with self._opener.open(urllib.request.Request(url, data), timeout=5) as answer:
+            content: bytes = answer.read()
+        return content
+
+    def management(self, path: str, body: object | None = None) -> bytes:
+        """Asks pebble's management interface, such as `/cert-status-by-serial/1a2b`."""
+        return self._fetch(f"https://localhost:{self.management_port}{path}", body)
+
+    def root(self, number: int = 0) -> bytes:
+        """Returns the root (PEM) that issued chains end at; those of `alternate_roots` are 1, 2, ..."""
+        return self.management(f"/roots/{number}")
+
+    def dns(self, command: str, **arguments: object) -> bytes:
+        """Changes or asks the DNS server, such as `dns("set-txt", host="_acme-challenge.a.test.", value="x")`.
+
+        The final dot of a TXT record's host is needed by old versions.
+        """
+        return self._fetch(f"http://127.0.0.1:{self._challtestsrv}/{command}", arguments)
+
+    def log(self) -> str:
+        """Returns what pebble has logged."""
+        return (self.directory / "pebble.log").read_text(errors="replace")
+
+
+# --- TLS servers ----------------------------------------------------------------------------------
+
+
+class Site(NamedTuple):
+    """A name that a server answers for over TLS, and the files of its certificate and key."""
+
+    name: str
+    certificate: Path
+    key: Path
+
+
+class TlsServer(Server):
+    """A small TLS server that reads its certificate anew upon SIGHUP, for where there is no nginx."""
+
+    def __init__(self, directory: Path, site: Site) -> None:
+        super().__init__(directory)
+        self.site = site
+        self.port = free_ports(1)[0]
+        self.pid = 0
+
+    def _start(self) -> None:
+        """Runs this module as a program."""
+        command = [sys.executable, __file__, str(self.port), str(self.site.certificate), str(self.site.key)]
+        self.pid = self._run("tlsserver", command, lambda: connects(self.port)).pid
+
+
+class WebServer(Server):
+    """A web server of Debian's with TLS sites on one port, told apart by name, and its own configuration."""
+
+    def __init__(self, directory: Path, sites: Sequence[Site], *, extra: str = "") -> None:
+        super().__init__(directory)
+        self.sites = sites
+        self.extra = extra
+        self.port = free_ports(1)[0]
+        self.pid = 0
+        self.config = self.directory / "server.conf"
+
+    def _configuration(self) -> str:
+        """Writes the configuration in the server's own language."""
+        raise NotImplementedError
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        raise NotImplementedError
+
+    def _start(self) -> None:
+        """Starts the master process, which starts its workers."""
+        command = self._command()
+        self.config.write_text(self._configuration())
+        self.pid = self._run(Path(command[0]).name, command, lambda: connects(self.port)).pid
+
+
+class Nginx(WebServer):
+    """nginx; `extra` stands within its http block."""
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        return [program("nginx"), "-p", str(self.directory), "-c", str(self.config)]
+
+    def _configuration(self) -> str:
+        """Writes nginx's configuration; as root the workers stay root, to reach temporary directories."""
+        paths = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        servers = [
+            f"server {{ listen 127.0.0.1:{self.port} ssl; server_name {site.name}; "
+            f"ssl_certificate {site.certificate}; ssl_certificate_key {site.key}; }}"
+            for site in self.sites
+        ]
+        return "\n".join([
+            "user root;" if os.geteuid() == 0 else "",
+            "daemon off; worker_processes 1; pid nginx.pid; error_log error.log; events { }",
+            "http {",
+            "access_log off;",
+            *[f"{path}_temp_path {path};" for path in paths],
+            *servers,
+            self.extra,
+            "}\n",
+        ])
+
+
+class Apache(WebServer):
+    """Debian's apache2; `extra` is added to its configuration, and `modules` to its modules."""
+
+    def __init__(
+        self, directory: Path, sites: Sequence[Site], *, extra: str = "", modules: Sequence[str] = ()
+    ) -> None:
+        super().__init__(directory, sites, extra=extra)
+        self.modules = ["mpm_event", "authz_core", "socache_shmcb", "ssl", *modules]
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        return [program("apache2"), "-d", str(self.directory), "-f", str(self.config), "-D", "FOREGROUND"]
+
+    def _configuration(self) -> str:
+        """Writes apache's configuration; as root the workers are Debian's www-data."""
+        servers = [
+            f"<VirtualHost 127.0.0.1:{self.port}>\nServerName {site.name}\nSSLEngine on\n"
+            f"SSLCertificateFile {site.certificate}\nSSLCertificateKeyFile {site.key}\n</VirtualHost>"
+            for site in self.sites
+        ]
+        return "\n".join([
+            *[f"LoadModule {name}_module {APACHE_MODULES}/mod_{name}.so" for name in self.modules],
+            "User www-data\nGroup www-data" if os.geteuid() == 0 else "",
+            f"ServerName localhost\nListen 127.0.0.1:{self.port}",
+            f"DefaultRuntimeDir {self.directory}\nPidFile apache.pid\nErrorLog error.log\nMutex posixsem",
+            "StartServers 1\nServerLimit 2\nThreadsPerChild 8\nMinSpareThreads 1\nMaxSpareThreads 16",
+            "MaxRequestWorkers 16\nSSLSessionCache none",
+            *servers,
+            self.extra + "\n",
+        ])
+
+
+class _Hello(socketserver.BaseRequestHandler):
+    """Shakes hands with the certificate of the moment and says hello."""
+
+    def handle(self) -> None:
+        """Serves one connection."""
+        assert isinstance(self.server, _TlsListener)
+        self.request.settimeout(5)
+        wrap = self.server.context.wrap_socket
+        with contextlib.suppress(OSError), wrap(self.request, server_side=True) as secure:
+            secure.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 6\r\n\r\nhello\n")
+
+
+class _TlsListener(socketserver.ThreadingTCPServer):
+    """Listens for TLS connections, with a certificate that can be read anew."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, port: int, certificate: str, key: str) -> None:
+        self._files = (certificate, key)
+        self.context = self._read()
+        super().__init__(("127.0.0.1", port), _Hello)
+
+    def _read(self) -> ssl.SSLContext:
+        """Reads certificate and key."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self._files)
+        return context
+
+    def reload(self, *_signal: object) -> None:
+        """Reads certificate and key anew; where they cannot be used the old ones stay."""
+        try:
+            self.context = self._read()
+        except OSError as error:
+            print(f"reload failed: {error}", flush=True)
+
+
+def main() -> None:
+    """Runs the small TLS server: PORT CERTIFICATE KEY."""
+    port, certificate, key = sys.argv[1:]
+    listener = _TlsListener(int(port), certificate, key)
+    signal.signal(signal.SIGHUP, listener.reload)
+    listener.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
