@@ -10,7 +10,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## see it work: a test CA and a web server on this machine, nothing else touched
-	@python=$$($(SETUP) crypto) && exec "$$python" .ci/demo
+	@$(SETUP) pebble >/dev/null && python=$$($(SETUP) crypto) && exec "$$python" .ci/demo
 
 test: ## all tests; one part with ARGS="-k words"
 	@$(SETUP) venv >/dev/null
@@ -22,7 +22,7 @@ lint: ## ruff and mypy --strict
 	@.venv/bin/python -m ruff check --quiet $(SCRIPTS) && echo "ruff: no findings"
 	@.venv/bin/python -m mypy $(SCRIPTS)
 
-matrix: ## the tests without servers, on each Python with the oldest and the newest cryptography
+matrix: ## the quick tests, on each Python with the oldest and the newest cryptography
 	@$(PYTHON) .ci/matrix
 
 clean: ## remove .venv and .cache

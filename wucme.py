@@ -316,7 +316,7 @@ class Http:
                 self.drop(at.netloc)
                 # A kept connection may have been closed meanwhile: once more on a new one.
                 if not kept or isinstance(error, (TimeoutError, socket.timeout)):
-                    raise NetworkError(f"{at.netloc}: {network_reason(error, self.timeout)}") from error
+                    raise NetworkError(f"cannot reach {at.netloc}: {network_reason(error, self.timeout)}") from error
 
     def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None,
                 headers: Mapping[str, str]) -> Response:
@@ -457,7 +457,10 @@ def ask(question: str) -> bool:
         return False
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        sys.stderr.write("\n")
+    return answer.strip().lower() in ("y", "yes")
 
 
 class World(NamedTuple):
@@ -834,9 +837,9 @@ def gmt(when: float) -> str:
 
 def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float) -> list[str]:
     """Refuse (PemError) a chain that must not go live; the names that it has beyond those asked for."""
-    labels = {match[1] for match in PEM_BLOCK.finditer(chain)}
-    if labels - {b"CERTIFICATE"}:
-        raise PemError(f"the CA sent more than certificates ({printable(b', '.join(sorted(labels)).decode())})")
+    others = {match[1].decode() for match in PEM_BLOCK.finditer(chain)} - {"CERTIFICATE"}
+    if others:
+        raise PemError(f"the CA sent more than certificates ({', '.join(sorted(others))})")
     found = [parse_certificate(pem) for pem in certificates(chain)]
     if not found:
         raise PemError("the CA sent no certificate")
@@ -877,6 +880,19 @@ INI_HEAD = """\
 # Every setting has a default and is shown at it: take away the "# " to change one. A value may go on
 # in the next lines if they are indented. There are no comments behind a value. Durations: 20s 10m 12h 30d.
 """
+INI_TAIL = """
+# --- one certificate; without names its title is its name ---
+# [www.example.org]
+# names = www.example.org example.org
+# load =
+#     +nginx
+#     @/usr/local/sbin/cert_to_mail.sh
+
+# --- one CA, for `server = home` ---
+# [server home]
+# url = https://ca.home.example/acme/directory
+# ca_file = /etc/ssl/home-ca.pem
+"""
 
 
 class Setting(NamedTuple):
@@ -884,12 +900,13 @@ class Setting(NamedTuple):
     kind: Callable[[str], Any]
     default: str
     help: str
-    form: str = ""
+    form: str
+    local: bool             # whether it makes sense in a section of its own only
 
 
-def setting(kind: Callable[[str], T], default: str, text: str, form: str = "") -> T:
+def setting(kind: Callable[[str], T], default: str, text: str, form: str = "", local: bool = False) -> T:
     """Declare a setting where its value will stand; for the type checker it has that value's type."""
-    return cast(T, Setting(kind, default, text, form))
+    return cast(T, Setting(kind, default, text, form, local))
 
 
 class Renewal(NamedTuple):
@@ -1008,7 +1025,7 @@ class CertificateScope(NamedTuple):
     server: tuple[str, ...] = setting(some_words, "letsencrypt", "the CA: letsencrypt, letsencrypt-staging, the "
                                       "name of a [server NAME] section, or the URL of an ACME directory", "SERVER")
     names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
-                                     "NAME...")
+                                     "NAME...", local=True)
     key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS), "KIND")
     rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
                            "and the key file is a link to it")
@@ -1024,7 +1041,7 @@ class CertificateScope(NamedTuple):
 
 class ServerScope(NamedTuple):
     """Settings of one CA."""
-    url: str = setting(a_url, "", "URL of its ACME directory, for a CA of your own", "URL")
+    url: str = setting(a_url, "", "URL of its ACME directory, for a CA that is not known", "URL", local=True)
     ca_file: str = setting(a_path, "", "trust this PEM file alone for its HTTPS; default: the system's CAs", "PATH")
     proxy: str = setting(str, "", "HTTP proxy to reach it by, http://[USER:PASSWORD@]HOST:PORT, or none; "
                          "default: $https_proxy and $no_proxy", "URL")
@@ -1168,14 +1185,16 @@ def read_source(path: str) -> Source:
 
 def check_keys(source: Source, title: str, texts: Mapping[str, str], scopes: Sequence[Any]) -> None:
     """Refuse a key that is unknown, or that belongs into another section."""
+    known = [name for scope in scopes for name, field in scope._field_defaults.items()
+             if len(scopes) == 1 or not field.local]
     for key in texts:
-        if any(key in scope._field_defaults for scope in scopes):
+        if key in known:
             continue
         where = source.where(title, key)
         if key in SETTINGS:
-            home = "[wucme] or [server NAME]" if key in ServerScope._field_defaults else "[wucme]"
-            raise SettingsError(f"{where}: {key} belongs into {home}, not into [{title}]")
-        known = [name for scope in scopes for name in scope._field_defaults]
+            homes = [home for home, scope in zip(("[wucme]", "[NAME]", "[server NAME]"), SCOPES)
+                     if key in scope._field_defaults]
+            raise SettingsError(f"{where}: {key} belongs into {homes[0]}, not into [{title}]")
         raise SettingsError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
 
 
@@ -1323,12 +1342,9 @@ def example_ini() -> str:
               "# --- of each CA; also in a section [server NAME] ---\n")
     for title, scope in zip(titles, SCOPES):
         parts.append(title)
-        for name, field in scope._field_defaults.items():
-            parts.append(f"{wrapped(field.help, 98, '# ')}\n# {f'{name} = {field.default}'.strip()}\n")
-    parts.append("# --- one certificate: its title is its name ---\n# [www.example.org]\n"
-                 "# names = www.example.org example.org\n# load =\n#     +nginx\n"
-                 "#     @/usr/local/sbin/cert_to_mail.sh\n")
-    return "\n".join(parts)
+        parts += [f"{wrapped(field.help, 98, '# ')}\n# {f'{name} = {field.default}'.strip()}\n"
+                  for name, field in scope._field_defaults.items() if not field.local]
+    return "\n".join(parts) + INI_TAIL
 
 
 def settings_help() -> str:
@@ -1338,9 +1354,7 @@ def settings_help() -> str:
     for title, scope in zip(titles, SCOPES):
         lines.append(f"  {title}:")
         for name, field in scope._field_defaults.items():
-            lines.append(f"  {name} = {field.default or field.form}" if field.default
-                         else f"  {name} = {field.form}  (no default)" if "default" not in field.help
-                         else f"  {name} = {field.form}")
+            lines.append(f"  {name} = {field.default or field.form}" + ("  (in a section only)" if field.local else ""))
             lines.append(wrapped(field.help, 96, "      "))
     return "\n".join(lines) + "\n"
 
@@ -1583,6 +1597,7 @@ class Answers:
         self.directory = os.path.join(directory, "tokens")
         self.texts: dict[str, str] = {}
         self.asked: dict[str, threading.Event] = {}
+        self.heard: set[str] = set()
 
     def publish(self, token: str, text: str, asked: threading.Event) -> None:
         """Answer this token from now on; the event is set whenever it is asked for."""
@@ -1603,6 +1618,7 @@ class Answers:
         asked = self.asked.get(token)
         if text is not None and asked is not None:
             log.detail(f"challenge {token} asked for at {before}{WELL_KNOWN}")
+            self.heard.add(token)
             asked.set()
         return text
 
@@ -1764,6 +1780,7 @@ def open_listeners(addresses: Iterable[tuple[str, int]], answers: Answers) -> tu
     for address in dict.fromkeys(addresses):
         try:
             found.append(Listener(*address, answers))
+            log(f"listening on {address[0]}:{address[1]} for the CA")
         except ListenerError as error:
             refused[address] = str(error)
     return found, refused
@@ -1907,7 +1924,7 @@ def problem_kind(problem: Json) -> str:
 
 
 def problem_text(problem: Json) -> str:
-    """A problem document on one line, with what it says of each name (section 6.7.1), and a remedy."""
+    """A problem document on one line, with what it says of each name (section 6.7.1)."""
     texts = [f"{problem_kind(problem) or 'refused'}: {problem.get('detail') or 'no detail given'}"]
     parts = problem.get("subproblems")
     for part in parts if isinstance(parts, list) else []:
@@ -1915,8 +1932,12 @@ def problem_text(problem: Json) -> str:
             who = part.get("identifier")
             name = who.get("value") if isinstance(who, dict) else "?"
             texts.append(f"{name}: {problem_kind(part)}: {part.get('detail')}")
-    remedy = REMEDIES.get(problem_kind(problem))
-    return printable("; ".join(texts)[:2000]) + (f" ({remedy})" if remedy else "")
+    return printable("; ".join(texts)[:2000])
+
+
+def with_remedy(text: str, kind: str) -> str:
+    """What the CA said, and what to do about it."""
+    return f"{text} ({REMEDIES[kind]})" if kind in REMEDIES else text
 
 
 class Client:
@@ -2020,14 +2041,15 @@ class Client:
         """The error for an answer that says no, or for a CA that is out of order."""
         if response.status >= 500 and problem_kind(problem) != "rateLimited":
             return NetworkError(f"{self.url}: the CA is out of order: {problem_text(problem)}")
-        return AcmeError(problem_text(problem), problem_kind(problem), wait)
+        kind = problem_kind(problem)
+        return AcmeError(with_remedy(problem_text(problem), kind), kind, wait)
 
     def register(self, contact: Sequence[str], agreed: bool) -> str:
         """The URL of this key's account, made if `agreed` and there is none yet; "" if there is none (7.3)."""
         payload: Json = {"termsOfServiceAgreed": True} if agreed else {"onlyReturnExisting": True}
         if contact and agreed:
             payload["contact"] = [f"mailto:{address}" for address in contact]
-        log(f"retrieving account at {self.directory.new_account}")
+        log(f"{'making or finding the' if agreed else 'looking for an'} account at {self.directory.new_account}")
         try:
             response = self.post(self.directory.new_account, payload, by_key=True)
         except AcmeError as error:
@@ -2118,8 +2140,9 @@ class Client:
         problems = [(f"{found.name}: ", problem) for found in
                     (self.authorization(url, names) for url in order.authorizations) for problem in found.errors]
         problems = problems or [("", order.error)]
-        return AcmeError("; ".join(f"{who}{problem_text(problem)}" for who, problem in problems),
-                         problem_kind(problems[0][1]))
+        kind = problem_kind(problems[0][1])
+        text = "; ".join(f"{who}{problem_text(problem)}" for who, problem in problems)
+        return AcmeError(with_remedy(text, kind), kind)
 
 
 def authorize(client: Client, order: Order, names: Sequence[str], answers: Answers, until: float) -> Order:
@@ -2143,7 +2166,12 @@ def authorize(client: Client, order: Order, names: Sequence[str], answers: Answe
             log(f"{names[0]}: starting challenge at {one.url}")
             client.post(one.url, {})
         log(f"{names[0]}: polling order status at {order.url}")
-        return client.settle(order, names, ("pending",), until, asked if pending else None)
+        order = client.settle(order, names, ("pending",), until, asked if pending else None)
+        if order.status == "invalid":
+            unheard = [one.token for one in pending if one.token not in answers.heard]
+            log(f"{names[0]}: " + ("no request of the CA came to the listener here" if len(unheard) == len(pending)
+                                   else "the CA has asked the listener here, and was answered"))
+        return order
     finally:
         for one in pending:
             answers.withdraw(one.token)
@@ -2447,6 +2475,12 @@ def test_server(kind: Standard, master: Process, timeout: float, world: World) -
     return world.command(argv, environment, timeout, cwd=proc_link(master.pid, "cwd") or "/")
 
 
+def with_last_line(finished: Finished) -> str:
+    """The problem of a command with the last that it said, "" for none."""
+    said = [line for line in finished.output if line.strip()][-1:] if finished.problem else []
+    return ": ".join([finished.problem, *said])[:500]
+
+
 def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
     """Test the configuration of one running server and have it reload; the problem, or ""."""
     kind = STANDARD[name]
@@ -2458,10 +2492,10 @@ def reload_server(name: str, master: Process, timeout: float, world: World) -> s
     if tested.problem:
         for line in tested.output:
             log(f"+{name}: {line}")
-        return f"{name} (pid {master.pid}) was not reloaded, its configuration test failed: {tested.problem}"
+        return f"{name} (pid {master.pid}) was not reloaded, its configuration test failed: {with_last_line(tested)}"
     unit = re.search(r"/([^/]+\.service)$", proc_text(master.pid, "cgroup").strip())
     if unit and os.path.isdir("/run/systemd/system"):
-        return world.command(["systemctl", "reload", unit[1]], child_environment(), timeout).problem
+        return with_last_line(world.command(["systemctl", "reload", unit[1]], child_environment(), timeout))
     try:
         os.kill(master.pid, kind.reload)
     except OSError as error:
@@ -2494,7 +2528,7 @@ def perform(duty: Duty, directory: str, host: str, world: World) -> str:
     finished = world.command(item.argv, load_environment(entry, directory, host), timeout)
     for line in finished.output:
         log(f"{entry.title}: {item.text[:40]}: {line}")
-    return finished.problem
+    return with_last_line(finished)
 
 
 # === 12. report: how it went ====================================================================
@@ -2543,6 +2577,14 @@ def utc(when: float) -> str | None:
         return None
 
 
+def local_time(when: float) -> str:
+    """A time for a person, in local time."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+    except (OverflowError, ValueError, OSError):
+        return "never"
+
+
 def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     """One certificate as status --json has it."""
     entry, about = decision.entry, decision.entry.facts
@@ -2561,16 +2603,16 @@ def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
     about = decision.entry.facts
     left = f"expires in {days(about.not_after - now)} days" if about and now < about.not_after else \
         "expired" if about else "not there"
-    state = f"due: {decision.reason}" if decision.due else decision.reason or \
-        ("renews never" if found["renew_at"] is None else f"renews after {found['renew_at'][:10]}")
-    lines = [printable(f"{decision.entry.title}: {left}; {state}")]
+    state = f"due: {decision.reason}" if decision.due else \
+        decision.reason or f"renews after {local_time(decision.renew_at)}"
+    lines = [f"{' '.join(found['names']) or decision.entry.name}: {left}; {state}"]
     if found["failures"]["problem"]:
-        lines.append(printable(f"    failed: {found['failures']['problem']}"))
+        lines.append(f"    failed: {found['failures']['problem']}")
     for load in found["loads"]:
-        if load["state"] != "loaded":
-            since = f" since {load['since']}" if load["since"] else ""
-            lines.append(printable(f"    owed{since}: {load['item']}: {load['problem'] or 'not done yet'}"))
-    return lines
+        since = f" since {load['since']}" if load["since"] else ""
+        problem = f": {load['problem']}" if load["problem"] else ""
+        lines.append(f"    {load['state']}{since}: {load['item']}{problem}")
+    return [printable(line) for line in lines]
 
 
 # === 13. run: the one place that knows the order =================================================
@@ -2690,6 +2732,7 @@ def open_client(settings: Settings, word: str, world: World) -> Opened:
     directory = settings.run.directory
     account = account_files(directory, label, server.url, word == settings.default.server[0])
     if not os.path.exists(account.key):
+        log(f"making an account key, {account.key}")
         create(account.key, key_pem(new_key("ecdsa-p256")))
         sync_directory(account.key)
     log(f"loading key from {account.key}")
@@ -2769,7 +2812,8 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     temporary = f"{entry.chain}_tmp"
     log(f"saving certificate to {temporary}")
     create(temporary, obtained.chain)
-    log(f"reading private key {entry.key}")
+    waiting = f"{entry.key}_tmp"
+    log(f"reading private key {waiting if os.path.exists(waiting) else entry.key}")
     extra = check_chain(read(temporary), key, names, now)
     if extra:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
@@ -2783,7 +2827,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
         remove(path)
     for path in (entry.chain, entry.key):
         prune(path, run.backups)
-    log(f"wuCME successful {entry.title} renewal")
+    log(f"wuCME successful {entry.title} {'renewal' if entry.facts else 'issue'}")
     found = look(entry)
     with contextlib.suppress(OSError):      # it is live: what follows must not undo that
         remember(run.directory, found, server=obtained.job.by.client.url, names=tuple(names), order="", order_server="",
@@ -2953,10 +2997,9 @@ def tend(decisions: Iterable[Decision], settings: Settings, world: World, now: f
     """See to every certificate: each comes back as it is afterwards, with its outcome."""
     directory = settings.run.directory
     for one in decisions:
-        if one.due or log.live:
+        if one.entry.facts and (one.due or log.live):
             log(one.entry.chain)
-            if one.entry.facts:
-                log(dates(one, now))
+            log(dates(one, now))
         if one.due:
             log(f"{one.entry.title}: due: {one.reason}")
         elif one.entry.fault:
@@ -3068,7 +3111,7 @@ def standing(settings: Settings, world: World) -> Standing:
         lines += certificate_text(decision, found[-1], now)
     if entries and not any(entry.wanted.load for entry in entries.values()):
         lines.append("the load list is empty: no server is told of a new certificate")
-    lines.append(f"{len(entries)} certs in {run.directory}; last run: {utc(seen) if seen else 'never'}")
+    lines.append(f"{len(entries)} certs in {run.directory}; last run: {local_time(seen) if seen else 'never'}")
     bad = any(one["failures"]["problem"] or not one["not_after"] or one["not_after"] <= (utc(now) or "")
               or any(load["state"] == "owed" for load in one["loads"]) for one in found)
     about = {"version": VERSION, "host": run.host, "last_run": utc(seen) if seen else None, "certificates": found}
@@ -3081,10 +3124,13 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     section = fresh.sections[label]
     report = run_once(fresh, request._replace(names=(label,)), world)
     found = choose(scan(fresh.run.directory, fresh.default, fresh.sections), [label])[0]
+    if not found.whole:
+        log("nothing was issued, and nothing is tried again by itself: mend the cause and give the same command again")
     if not found.whole or report.count("failed"):
         return report
     if not report.count("renewed"):
-        print(f"{found.title} is not due before {utc(decide(found, world.now()).renew_at)}; --force renews it now")
+        when = local_time(decide(found, world.now()).renew_at)
+        print(f"{found.title} is not due before {when}; --force renews it now")
     print(f"certificate: {found.chain}\nkey:         {found.key}")
     if not section.values.load:
         print("the load list is empty: no server is told of a new certificate (see LOAD LIST in --help)")
@@ -3128,7 +3174,7 @@ def argument_parser() -> argparse.ArgumentParser:
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
         if field.kind is a_flag:
             parser.add_argument(option, dest=dest, action=argparse.BooleanOptionalAction, default=None)
-        elif name != "names":           # they are arguments
+        elif not field.local:
             parser.add_argument(option, dest=dest, action="append" if field.kind is some_lines else "store")
     return parser
 

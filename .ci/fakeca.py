@@ -23,7 +23,7 @@ from datetime import datetime, timedelta, timezone
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Union, cast
+from typing import Any, Callable, NamedTuple, Union, cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -41,7 +41,7 @@ CURVES: Mapping[str, tuple[ec.EllipticCurve, str, hashes.HashAlgorithm]] = {
     "P-384": (ec.SECP384R1(), "ES384", hashes.SHA384()),
 }
 Dates = tuple[datetime, datetime]
-FOREVER = datetime(2000, 1, 1), datetime(2099, 12, 31)
+FOREVER = datetime(2000, 1, 1, tzinfo=timezone.utc), datetime(2099, 12, 31, tzinfo=timezone.utc)
 HTML = b"<!DOCTYPE html><html><body><h1>It works!</h1></body></html>\n"
 PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER
 
@@ -85,7 +85,7 @@ def subject_names(names: list[str]) -> x509.SubjectAlternativeName:
     )
 
 
-def names_of(thing: Union[x509.Certificate, x509.CertificateSigningRequest]) -> list[str]:
+def names_of(thing: x509.Certificate | x509.CertificateSigningRequest) -> list[str]:
     """List the names in a SAN, sorted."""
     san = thing.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     addresses = [str(address) for address in san.get_values_for_type(x509.IPAddress)]
@@ -134,7 +134,7 @@ class Authority:
 
     def issue(
         self, public_key: PublicKey, names: list[str], days: float = 90,
-        not_before: Optional[datetime] = None, *, not_after: Optional[datetime] = None,
+        not_before: datetime | None = None, *, not_after: datetime | None = None,
         is_ca: bool = False, san: bool = True, aki: bool = True,
     ) -> list[bytes]:
         """Issue a certificate: leaf and intermediate, PEM."""
@@ -149,7 +149,7 @@ class Authority:
 
 def make_pair(
     directory: Path, stem: str, names: list[str], not_before: datetime, not_after: datetime,
-    key: Optional[PrivateKey] = None, suffix_upper: bool = False, authority: Optional[Authority] = None,
+    key: PrivateKey | None = None, suffix_upper: bool = False, authority: Authority | None = None,
 ) -> tuple[Path, Path]:
     """Write wucme_c_STEM.pem (leaf and intermediate) and wucme_k_STEM.pem, and give both paths."""
     key, suffix, issuer = key or make_key(), ".PEM" if suffix_upper else ".pem", authority or Authority()
@@ -169,7 +169,7 @@ class Reply:
     """An answer: the body is JSON, bytes, or parts without end; status 0 is silence."""
 
     status: int
-    body: Union[Json, bytes, Iterator[bytes]] = b""
+    body: Json | bytes | Iterator[bytes] = b""
     headers: dict[str, str] = field(default_factory=dict)
     kind: str = "application/json"
 
@@ -177,7 +177,7 @@ class Reply:
 class Refusal(Exception):
     """A problem document as the answer."""
 
-    def __init__(self, status: int, kind: str, detail: str, *, headers: Optional[Json] = None, **more: Any):
+    def __init__(self, status: int, kind: str, detail: str, *, headers: Json | None = None, **more: Any):
         """Hold the HTTP status, the ACME error type, the detail, headers and further members."""
         document = {"type": ERROR + kind, "detail": detail, "status": status, **more}
         self.reply = Reply(status, document, headers or {}, "application/problem+json")
@@ -189,7 +189,7 @@ class Account:
 
     url: str
     jwk: Json
-    key: Optional[PublicKey] = None
+    key: PublicKey | None = None
     contact: list[str] = field(default_factory=list)
     status: str = "valid"
 
@@ -223,7 +223,7 @@ class Authz:
     token: str
     status: str = "pending"
     tried: str = ""
-    problem: Optional[Json] = None
+    problem: Json | None = None
 
 
 @dataclass(eq=False)
@@ -289,7 +289,7 @@ def open_jws(body: Any) -> Jws:
         payload = json.loads(text) if text else ""
     except (ValueError, TypeError) as error:
         raise Refusal(400, "malformed", f"this is no JWS: {error}") from error
-    if not isinstance(header, dict) or not isinstance(payload, dict) and payload != "":
+    if not isinstance(header, dict) or (not isinstance(payload, dict) and payload != ""):
         raise Refusal(400, "malformed", "header and payload have to be objects")
     return Jws(header, payload, unb64(jws["signature"]), f"{jws['protected']}.{jws['payload']}".encode())
 
@@ -419,8 +419,8 @@ class FakeCA:
     """The CA, as a context manager: attributes may be read, and the first group of them set, at any time."""
 
     def __init__(
-        self, directory: Path, http_port: int = 80, *, eab: Optional[Mapping[str, str]] = None,
-        profiles: Optional[Mapping[str, str]] = None, authority: Optional[Authority] = None,
+        self, directory: Path, http_port: int = 80, *, eab: Mapping[str, str] | None = None,
+        profiles: Mapping[str, str] | None = None, authority: Authority | None = None,
         server_names: tuple[str, ...] = ("localhost", "127.0.0.1"), server_dates: Dates = FOREVER,
     ) -> None:
         """Bind a port; eab maps key ids to base64url MAC keys, profiles names to descriptions."""
@@ -429,10 +429,10 @@ class FakeCA:
         self.eab, self.profiles = dict(eab or {}), dict(profiles or {})
         self.authority = authority or Authority()
         self.always_valid, self.reuse_authorizations, self.failing_names = False, False, set[str]()
-        self.validate: Callable[[str, str, str], Union[bool, Json]] = self.fetch
+        self.validate: Callable[[str, str, str], bool | Json] = self.fetch
         self.clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc)
         self.days, self.processing_polls, self.poll_after, self.retry_after = 90.0, 0, "", "1"
-        self.window: Optional[Dates] = None
+        self.window: Dates | None = None
         self.window_after = "21600"
         self.requests: list[tuple[str, str, Any]] = []
         self.issued, self.revoked, self.strangers = list[x509.Certificate](), list[int](), list[str]()
@@ -540,7 +540,7 @@ class FakeCA:
         request.payload = jws.payload
         if jws.header.get("url") != self.base + request.path:
             raise Refusal(401, "unauthorized", "the url of the JWS is not the one asked")
-        by_key = request.place == "new-account" or request.place == "revoke-cert" and "jwk" in jws.header
+        by_key = request.place == "new-account" or (request.place == "revoke-cert" and "jwk" in jws.header)
         if set(jws.header) != {"alg", "nonce", "url", "jwk" if by_key else "kid"}:
             raise Refusal(400, "malformed", f"the protected header has {sorted(jws.header)}")
         if jws.header["nonce"] not in self.nonces:
@@ -548,7 +548,8 @@ class FakeCA:
         self.nonces.remove(jws.header["nonce"])
         if by_key:
             request.jwk = jws.header["jwk"]
-            return check_signature(jws, load_jwk(request.jwk))
+            check_signature(jws, load_jwk(request.jwk))
+            return
         if jws.header["kid"] not in self.accounts:
             raise Refusal(400, "accountDoesNotExist", "this account is not known")
         request.account = self.accounts[jws.header["kid"]]
@@ -576,7 +577,7 @@ class FakeCA:
         body = {"status": account.status, "contact": account.contact, "termsOfServiceAgreed": True}
         return Reply(status, body, {"Location": account.url})
 
-    def owner(self, jwk: Json) -> Optional[Account]:
+    def owner(self, jwk: Json) -> Account | None:
         """Find the account of a key."""
         return next((account for account in self.accounts.values() if account.jwk == jwk), None)
 
@@ -834,7 +835,7 @@ class FakeCA:
     def attempt(self, authz: Authz) -> None:
         """Validate a challenge, in a thread of its own."""
         name, answer = authz.identifier["value"], f"{authz.token}.{thumbprint(authz.account.jwk)}"
-        verdict: Union[bool, Json] = name not in self.failing_names
+        verdict: bool | Json = name not in self.failing_names
         if verdict and not self.always_valid:
             try:
                 verdict = self.validate(name, authz.token, answer)
