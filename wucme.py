@@ -253,6 +253,22 @@ def tls_context(ca_file: str) -> Any:
     return context
 
 
+def dial(until: float, *arguments: Any) -> Any:
+    """A plain connection that gives up at `until` however slowly bytes drip in."""
+    import socket
+
+    class Socket(socket.socket):
+        def recv_into(self, *args: Any, **more: Any) -> int:
+            self.settimeout(max(0.01, until - time.monotonic()))
+            return super().recv_into(*args, **more)
+
+    plain = socket.create_connection(*arguments)
+    timeout = plain.gettimeout()
+    found = Socket(plain.family, plain.type, plain.proto, plain.detach())
+    found.settimeout(timeout)
+    return found
+
+
 def network_reason(error: Exception, timeout: float) -> str:
     """Why a host was not reached, with what to do where that is known."""
     import socket
@@ -296,6 +312,7 @@ class Http:
             import base64
             user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
             headers["Proxy-Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+        cast(Any, connection)._create_connection = functools.partial(dial, time.monotonic() + self.timeout)
         connection.set_tunnel(host, port, headers)
         return connection
 
@@ -329,9 +346,10 @@ class Http:
         cast(Any, connection.sock).until = time.monotonic() + self.timeout
         connection.request(method, (at.path or "/") + (f"?{at.query}" if at.query else ""), body,
                            {"User-Agent": USER_AGENT, **headers})
-        response = connection.getresponse()
-        data = response.read(BODY_BYTES + 1)
-        if response.will_close or not response.isclosed():
+        with contextlib.closing(connection.getresponse()) as response:
+            data = response.read(BODY_BYTES + 1)
+            whole = response.isclosed()
+        if response.will_close or not whole:
             self.drop(origin)
         if len(data) > BODY_BYTES:
             raise NetworkError(f"{origin}: an answer of more than {BODY_BYTES >> 20} MiB")
@@ -738,7 +756,7 @@ def alternative_names(certificate: x509.Certificate) -> tuple[str, ...]:
     from cryptography import x509
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
         return ()
     return tuple(str(name.value).lower() for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
 
@@ -768,7 +786,8 @@ def host_name(text: str) -> str:
     import ipaddress
     name = text.strip().rstrip(".").lower()
     with contextlib.suppress(ValueError):
-        return str(ipaddress.ip_address(name.strip("[]")))
+        if "%" not in name:
+            return str(ipaddress.ip_address(name.strip("[]")))
     if not name.isascii():
         name = name.encode("idna").decode()
     labels = name[2:].split(".") if name.startswith("*.") else name.split(".")
@@ -837,10 +856,17 @@ def gmt(when: float) -> str:
 
 def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float) -> list[str]:
     """Refuse (PemError) a chain that must not go live; the names that it has beyond those asked for."""
+    from cryptography import x509
     others = {match[1].decode() for match in PEM_BLOCK.finditer(chain)} - {"CERTIFICATE"}
     if others:
         raise PemError(f"the CA sent more than certificates ({', '.join(sorted(others))})")
     found = [parse_certificate(pem) for pem in certificates(chain)]
+    for one in found:
+        try:
+            for extension in one.extensions:
+                pass
+        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+            raise PemError(f"the CA sent a certificate that cannot be read: {printable(str(error))[:100]}") from error
     if not found:
         raise PemError("the CA sent no certificate")
     if len(found) > CHAIN_LENGTH:
@@ -871,7 +897,7 @@ KNOWN_SERVERS = {
     "letsencrypt-staging": "https://acme-staging-v02.api.letsencrypt.org/directory",
 }
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-DURATION = re.compile(r"(\d+)([smhd])")
+DURATION = re.compile(r"([0-9]{1,9})([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INI_HEAD = """\
 # wucme.ini: settings of wucme.py; see wucme.py --help.
@@ -949,6 +975,13 @@ def a_count(text: str) -> int:
     return int(text)
 
 
+def a_number(text: str) -> int:
+    """A whole number, one or more."""
+    if not a_count(text):
+        raise ValueError("must be a whole number, at least 1")
+    return int(text)
+
+
 def a_duration(text: str) -> float:
     """A time such as 20s, 10m, 12h or 30d, in seconds."""
     match = DURATION.fullmatch(text)
@@ -962,7 +995,7 @@ def a_renewal(text: str) -> Renewal:
     if text in ("auto", "never"):
         return Renewal(auto=text == "auto")
     if text.isdigit():
-        return Renewal(seconds=int(text) * 86400.0)
+        text += "d"
     if text.endswith("%") and text[:-1].isdigit() and 0 < int(text[:-1]) < 100:
         return Renewal(share=int(text[:-1]) / 100)
     try:
@@ -988,6 +1021,13 @@ def some_lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
+def some_servers(text: str) -> tuple[str, ...]:
+    """Names or URLs of CAs, one at least."""
+    if not text.split():
+        raise ValueError("must name a CA")
+    return some_words(text)
+
+
 def some_names(text: str) -> tuple[str, ...]:
     """Host names and addresses, each once, in order."""
     return tuple(dict.fromkeys(host_name(word) for word in text.split()))
@@ -1010,7 +1050,7 @@ class RunScope(NamedTuple):
                              "root, else ~/.wucme", "PATH")
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each", "NUMBER")
-    workers: int = setting(a_count, "4", "how many certificates are obtained side by side", "NUMBER")
+    workers: int = setting(a_number, "4", "how many certificates are obtained side by side", "NUMBER")
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end", "DURATION")
     timeout: float = setting(a_duration, "20s", "the longest that one request to the CA may take, in all",
                              "DURATION")
@@ -1022,7 +1062,7 @@ class RunScope(NamedTuple):
 
 class CertificateScope(NamedTuple):
     """Settings of one certificate."""
-    server: tuple[str, ...] = setting(some_words, "letsencrypt", "the CA: letsencrypt, letsencrypt-staging, the "
+    server: tuple[str, ...] = setting(some_servers, "letsencrypt", "the CA: letsencrypt, letsencrypt-staging, the "
                                       "name of a [server NAME] section, or the URL of an ACME directory", "SERVER")
     names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
@@ -1203,14 +1243,19 @@ def file_label(name: str) -> str:
     return name.lower().replace("*.", "_.").replace(":", "-")
 
 
+def reserved(label: str) -> bool:
+    """Whether NAME is taken by the account files."""
+    return label == "account" or label.startswith("account_")
+
+
 def read_section(source: Source, title: str, texts: dict[str, str], default: CertificateScope,
                  options: dict[str, Any]) -> Section:
     """The section of one certificate, over the defaults and under the options of this call."""
-    check_keys(source, title, texts, [CertificateScope])
     name = title.lower()
     if "names" not in texts and "." not in title and ":" not in title:
         raise SettingsError(f"{source.where(title)}: [{title}] is no host name and has no names = ..."
                             f"{nearest(name, ['wucme', 'server'])}")
+    check_keys(source, title, texts, [CertificateScope])
     own = pick(source, title, texts, CertificateScope)
     if not own.get("names"):
         own["names"] = parse_value(source, title, "names", title)
@@ -1221,12 +1266,12 @@ def read_section(source: Source, title: str, texts: dict[str, str], default: Cer
     return Section(title, default._replace(**{**own, **options}), frozenset(own) | frozenset(options))
 
 
-def find_server(settings: Settings, name: str) -> tuple[str, ServerScope]:
+def find_server(settings: Settings, name: str, title: str = "wucme") -> tuple[str, ServerScope]:
     """The CA that a `server` word means, with its short name; SettingsError if it means none."""
     found = settings.servers.get(name)
     if found is not None and found.url:
         return name, found
-    where = settings.source.where("wucme", "server")
+    where = settings.source.where(title, "server")
     if name.startswith("https://"):
         label = re.sub(r"[^A-Za-z0-9._-]", "-", name.split("/")[2])
         return label, settings.other_server._replace(url=name)
@@ -1269,9 +1314,9 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     lists = {line: title for title, body in [*texts.items(), ("wucme", common), ("", options)]
              for line in some_lines(body.get("load", ""))}
     settings = Settings(run, default, sections, servers, other, source, lists)
-    for scope in [default, *(section.values for section in sections.values())]:
+    for title, scope in [("wucme", default), *((one.title, one.values) for one in sections.values())]:
         for name in scope.server:
-            find_server(settings, name)
+            find_server(settings, name, title)
     return settings
 
 
@@ -1299,6 +1344,8 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
     if not wanted:
         raise SettingsError("issue needs the names that the certificate is for")
     label = file_label(wanted[0])
+    if reserved(label):
+        raise SettingsError(f"{wanted[0]}: account and account_* are wucme's own names; give another name first")
     known = settings.sections.get(label)
     if known and len(wanted) > 1 and set(known.values.names) != set(wanted):
         raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
@@ -1432,7 +1479,8 @@ def read_memory(path: str) -> Memory:
     kept = {key: found[key] for key, default in Memory._field_defaults.items()
             if key in found and key not in ("facts", "names") and isinstance(found[key], type(default))}
     about, names = found.get("facts"), found.get("names")
-    if isinstance(about, list) and [type(part) for part in about] == [list, float, float, str, str, str, str, str]:
+    if isinstance(about, list) and [type(part) for part in about] == [list, float, float, str, str, str, str, str] \
+            and all(isinstance(name, str) for name in about[0]):
         kept["facts"] = Facts(tuple(about[0]), *about[1:])
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         kept["names"] = tuple(names)
@@ -1481,7 +1529,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
                 present[name.lower()] = name
                 if CERTIFICATE_FILE.fullmatch(name):
                     found.append(name)
-    by_stem = {alias: section for label, section in sections.items() for alias in (label.replace(".", "_"), label)}
+    by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
     declared = set()
     for name in sorted(found):
@@ -1554,7 +1602,7 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
         yield entry.fault or "its key does not fit the certificate"
     if changed(entry, about):
         yield changed(entry, about)
-    if now >= about.not_after:
+    if now >= max(at, about.not_after):
         yield "expired"
     if now >= at:
         yield f"expires in {days(about.not_after - now)} days"
@@ -1752,6 +1800,7 @@ class Listener:
         import threading
         server = listener_class()
         self.servers: list[Any] = []
+        self.serving = False
         families = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")] if not host else \
             [(socket.AF_INET6 if ":" in host else socket.AF_INET, host)]
         try:
@@ -1765,12 +1814,15 @@ class Listener:
         except OSError as error:
             self.close()
             raise ListenerError(listen_reason(host, port, error)) from error
+        self.serving = True
         for one in self.servers:
             threading.Thread(target=one.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         """Listen no more."""
         for one in self.servers:
+            if self.serving:
+                one.shutdown()      # or its thread would poll a closed socket for ever
             one.server_close()
 
 
@@ -1898,7 +1950,7 @@ def asked_wait(response: Response, now: float) -> float:
     """Seconds that the CA asks to wait, 0 where it does not say: a number or a date (RFC 9110)."""
     import email.utils
     value = (response.headers.get("Retry-After") or "").strip()
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(min(int(value[:12]), 10 ** 9))
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
@@ -2226,7 +2278,7 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
              if wanted and os.path.exists(path)]
     public = owner(entry.chain, 0o644)
     secret = owner(entry.key, 0o600)
-    if linked:
+    if linked or (os.path.exists(entry.chain) and private_key(read(entry.chain))):
         public = public._replace(mode=0o644)
     plain = put(entry.chain, chain_pem, public)
     if same and not linked and not entry.wanted.rotate:
@@ -2272,7 +2324,7 @@ def sweep(directory: str, kept: Iterable[str]) -> list[str]:
     tokens = os.path.join(directory, "tokens")
     if os.path.isdir(tokens):
         stale += [os.path.join(tokens, name) for name in os.listdir(tokens)]
-    gone = [path for path in stale if path not in keep]
+    gone = [path for path in stale if path not in keep and (os.path.islink(path) or not os.path.isdir(path))]
     for path in gone:
         remove(path)
     return gone
