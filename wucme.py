@@ -11,6 +11,9 @@ SYNOPSIS
   wucme.py renew [NAME...] [--force]  look at these certificates only; --force: renew them now
   wucme.py load [NAME...]             run the load list now for the certificates as they are
   wucme.py status [--json]            what is there, what is due, what is owed
+  wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
+  wucme.py account new|show|update|newkey|deactivate
+                                      the account at the (first) CA; --server names another
 
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
@@ -852,6 +855,12 @@ def chain_matches(chain: bytes, wanted: str) -> bool:
                 len(digits) >= 4 and mark.startswith(digits) for mark in marks):
             return True
     return False
+
+
+def certificate_der(chain: bytes) -> bytes:
+    """The first certificate of a chain as DER."""
+    from cryptography.hazmat.primitives import serialization
+    return parse_certificate(certificates(chain)[0]).public_bytes(serialization.Encoding.DER)
 
 
 def is_authority(certificate: x509.Certificate) -> bool:
@@ -2128,7 +2137,11 @@ class Client:
         self.idle: collections.deque[Http] = collections.deque()
         self.guard = threading.Lock()
         self.nonces: collections.deque[str] = collections.deque(maxlen=64)
-        self.directory = self.fetch_directory()
+        try:
+            self.directory = self.fetch_directory()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
@@ -2243,6 +2256,26 @@ class Client:
         self.account = self.own_url(response.headers.get("Location"), "account")
         log(f"account location: {self.account}")
         return self.account
+
+    def account_object(self, change: Json | None = None) -> Json:
+        """The account as the CA has it, after a change if one is given (sections 7.3.2, 7.3.6)."""
+        return read_object(self.post(self.account, change), self.account)
+
+    def change_key(self, new: PrivateKey) -> None:
+        """Have the account answer to another key from now on (section 7.3.5)."""
+        inner = signed(new, {"jwk": json_web_key(new), "url": self.directory.key_change},
+                       {"account": self.account, "oldKey": json_web_key(self.key)})
+        self.post(self.directory.key_change, json.loads(inner))
+        self.key = new
+
+    def revoke(self, certificate: bytes, reason: int, by: PrivateKey | None = None) -> None:
+        """Revoke a certificate (DER), by the account or by the certificate's own key (section 7.6)."""
+        payload = {"certificate": base64url(certificate), "reason": reason}
+        try:
+            self.post(self.directory.revoke, payload, by=by)
+        except AcmeError as error:
+            if error.kind != "alreadyRevoked":
+                raise
 
     def register_again(self, lost: str, who: Applicant) -> None:
         """Make the account anew with the same key, once, when the CA has lost it."""
@@ -2483,7 +2516,7 @@ def sweep(directory: str, kept: Iterable[str]) -> list[str]:
     """Delete what a killed run left: files never made live, but for those kept, and published tokens."""
     keep = set(kept)
     stale = [os.path.join(directory, name) for name in os.listdir(directory)
-             if name[:6].lower() == "wucme_" and name.endswith("_tmp")]
+             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not name.startswith("wucme_k_account")]
     tokens = os.path.join(directory, "tokens")
     if os.path.isdir(tokens):
         stale += [os.path.join(tokens, name) for name in os.listdir(tokens)]
@@ -2846,6 +2879,7 @@ class Request(NamedTuple):
     options: Mapping[str, str] = {}     # the settings among the options
     ini: str = ""                       # the ini that was named
     staging: bool = False
+    reason: str = "unspecified"         # of a revocation
 
 
 Ending = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
@@ -2974,12 +3008,25 @@ def account_of(settings: Settings, word: str) -> Account:
     return account_files(settings.run.directory, label, server.url, word == settings.default.server[0])
 
 
+def finish_key_change(client: Client, account: Account, who: Applicant) -> None:
+    """Find out which of two keys the CA has for an account, and drop the other."""
+    old = client.key
+    client.key = parse_key(read(f"{account.key}_tmp"))
+    if client.register(who, False):
+        rename(f"{account.key}_tmp", account.key)
+    else:
+        client.key = old
+        remove(f"{account.key}_tmp")
+
+
 def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world: World) -> Opened:
     """Open the account at a CA; it is made if there is none and the terms are agreed to."""
     account, server = account_of(settings, word), find_server(settings, word)[1]
     client.key = key
     who = applicant(server)
     state = read_json(account.state)
+    if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
+        finish_key_change(client, account, who)
     if state.get("directory") == server.url and isinstance(state.get("account"), str):
         client.account = client.own_url(state["account"], "account")
     elif not client.register(who, server.agree):
@@ -3018,7 +3065,8 @@ def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
 
 def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
     """The key for a new certificate: the present one if it may stay, else one that waits in the _tmp file."""
-    if not entry.wanted.rotate or not entry.whole:
+    revoked = entry.facts is not None and entry.memory.revoked == entry.facts.fingerprint
+    if not revoked and (not entry.wanted.rotate or not entry.whole):
         with contextlib.suppress(WucmeError):
             key = parse_key(read(entry.key))
             if "key" not in entry.own or key_kind(key.public_key()) == entry.wanted.key:
@@ -3477,9 +3525,113 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     return report
 
 
+REASONS = {"unspecified": 0, "keyCompromise": 1, "affiliationChanged": 3, "superseded": 4, "cessationOfOperation": 5}
+
+
+def revoke(settings: Settings, request: Request, world: World) -> Report:
+    """Revoke a certificate, by its name or its file, and say what that means for those who serve it."""
+    if len(request.names) != 1 or request.reason not in REASONS:
+        raise SettingsError(f"revoke takes one name or file, and --reason {', '.join(REASONS)}")
+    name = request.names[0]
+    run = settings.run
+    clients = Clients(settings, world)
+    with locked(run, world), contextlib.closing(clients):
+        inventory = take_stock(settings)
+        if os.path.isfile(name):
+            chain = read(name)
+            fingerprint = facts(chain).fingerprint
+            found = [one for one in inventory.entries.values() if one.facts and one.facts.fingerprint == fingerprint]
+        else:
+            found = choose(inventory, [name])
+            chain = read(found[0].chain)
+        word = issuing(found[0], settings) if found else settings.default.server[0]
+        der = certificate_der(chain)
+        client = clients.enter(word).client
+        try:
+            client.revoke(der, REASONS[request.reason])
+        except AcmeError as error:
+            if error.kind != "unauthorized" or not found or not found[0].fits:
+                raise
+            log(f"{name}: the account may not revoke it ({error}); once more by the certificate's own key")
+            client.revoke(der, REASONS[request.reason], by=parse_key(read(found[0].key)))
+        print(f"{name} is revoked")
+        for entry in found:
+            remember(run.directory, entry, revoked=entry.facts.fingerprint if entry.facts else "")
+            print("it is still served: the next run gets another, with a new key; renew "
+                  f"{entry.name} does that now")
+    return Report(inventory.files, [], [])
+
+
+def show_account(opened: Opened, _: str) -> list[str]:
+    """The account as the CA has it."""
+    about = opened.client.account_object()
+    contact = about.get("contact")
+    return [f"account: {opened.client.account}", f"key:     {opened.account.key}", f"status:  {about.get('status')}",
+            f"contact: {' '.join(map(str, contact)) if isinstance(contact, list) else 'none'}"]
+
+
+def update_account(opened: Opened, mark: str) -> list[str]:
+    """The account with the contact of the settings, or none."""
+    wanted = [f"mailto:{address}" for address in opened.who.contact]
+    opened.client.account_object({"contact": wanted})
+    return show_account(opened, mark)
+
+
+def new_account_key(opened: Opened, mark: str) -> list[str]:
+    """A new key for the account; the new one is on the disk before the CA hears of it."""
+    if not opened.client.directory.key_change:
+        raise AcmeError(f"{opened.client.url}: the CA cannot change keys")
+    key, path = new_key("ecdsa-p256"), opened.account.key
+    create(f"{path}_tmp", key_pem(key), owner(path, 0o600))
+    sync_directory(path)
+    try:
+        opened.client.change_key(key)
+    except AcmeError:
+        remove(f"{path}_tmp")
+        raise
+    back_up(path, f"{path}_{mark}")
+    rename(f"{path}_tmp", path)
+    return [f"the account has a new key, {path}; the old one is {path}_{mark}"]
+
+
+def deactivate_account(opened: Opened, mark: str) -> list[str]:
+    """The account closed for good; its key is put aside."""
+    opened.client.account_object({"status": "deactivated"})
+    path = opened.account.key
+    rename(path, f"{path}_{mark}")
+    remove(opened.account.state)
+    opened.client.account = ""
+    return [f"the account {opened.client.url} is deactivated for ever; its key is {path}_{mark}"]
+
+
+ACCOUNT_VERBS: dict[str, Callable[[Opened, str], list[str]]] = {
+    "new": show_account, "show": show_account, "update": update_account, "newkey": new_account_key,
+    "deactivate": deactivate_account}
+
+
+def account_verb(settings: Settings, request: Request, world: World) -> Report:
+    """See to the account at a CA: new, show, update, newkey, deactivate."""
+    action = request.names[0] if len(request.names) == 1 else ""
+    if action not in ACCOUNT_VERBS:
+        raise SettingsError(f"account takes one of {', '.join(ACCOUNT_VERBS)}")
+    word = settings.default.server[0]
+    if action != "new":             # none is made by the way
+        world = world._replace(ask=lambda _: False)
+        settings = settings._replace(
+            servers={name: server._replace(agree=False) for name, server in settings.servers.items()},
+            other_server=settings.other_server._replace(agree=False))
+    clients = Clients(settings, world)
+    with locked(settings.run, world), contextlib.closing(clients):
+        opened = clients.enter(word)
+        for line in ACCOUNT_VERBS[action](opened, run_mark(world.now())):
+            print(printable(line))
+    return Report(0, [], [])
+
+
 # === 16. command line: what was asked for, and how it ends =====================================
 
-VERBS = ("run", "issue", "renew", "load", "status")
+VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "revoke": revoke,
+         "account": account_verb}
 
 
 def version() -> str:
@@ -3505,6 +3657,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
+    parser.add_argument("--reason", default="unspecified")
     for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
@@ -3556,7 +3709,8 @@ def act(settings: Settings, request: Request, world: World) -> int:
         print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
         return found.status
     open_log(settings.run)
-    report = {"issue": issue, "load": rehearse}.get(request.verb, run_once)(settings, request, world)
+    verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
+    report = verb(settings, request, world)
     if report.news:
         log.flush()
     return report.status
@@ -3585,7 +3739,7 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     settings = read_settings(read_source("" if fresh else find_ini(named)), options)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"]))
+                    arguments["staging"], arguments["reason"]))
 
 
 def end(number: int, _: object) -> NoReturn:
