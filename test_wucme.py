@@ -30,6 +30,7 @@ import fakeca
 import pytest
 import testbed
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 import wucme
 
@@ -198,6 +199,7 @@ class TestPebble:
 
     def test_nothing_due(self, host: Host, pebble: testbed.Pebble) -> None:
         assert host.run("issue", "a.example.test").status == 0
+        assert host.run() == Done(0, "", ""), "asks once when to renew"
         before, files = pebble.log(), snapshot(host.directory)
         assert host.run() == Done(0, "", "")
         assert pebble.log() == before
@@ -485,7 +487,7 @@ class TestCertificationAuthority:
         assert not fake.strangers
         assert len(fake.requests) < 60
         fake.misbehave()
-        assert lab.run().status == 0, "the next run heals"
+        assert lab.run("renew", "a.example.test", "--force").status == 0, "the next run heals"
         assert lab.pair() != before
         assert not lab.left()
 
@@ -578,6 +580,234 @@ class TestCertificationAuthority:
         state = {"order": "https://localhost:1/order/7", "order_server": fake.url}
         (lab.directory / "wucme_s_a.example.test.json").write_text(json.dumps(state))
         assert lab.run().status == 0
+
+
+@pytest.mark.process
+class TestWhenToRenew:
+    """Renewal information, and the memory of failures."""
+
+    def window(self, fake: fakeca.FakeCA, start: float, end: float) -> None:
+        """Set the CA's window, in days from now."""
+        now = datetime.now(timezone.utc)
+        fake.window = now + timedelta(start), now + timedelta(end)
+
+    def asked(self, fake: fakeca.FakeCA) -> int:
+        """How often the CA was asked when to renew."""
+        return sum(path.startswith("/renewal-info/") for _, path, _ in fake.requests)
+
+    def test_certificate_identifier(self) -> None:
+        key = fakeca.make_key()
+        serial, issuer = 0x0087654321, bytes.fromhex("69885B6B87464041E1B37B847BA0AE2CDE01C8D4")
+        name = x509.Name([])
+        certificate = x509.CertificateBuilder(name, name, key.public_key(), serial, datetime(2026, 1, 1),  # noqa: DTZ001
+                                              datetime(2027, 1, 1)).add_extension(                         # noqa: DTZ001
+            x509.AuthorityKeyIdentifier(issuer, None, None), False).sign(key, hashes.SHA256())
+        assert wucme.certificate_id(certificate) == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
+
+    def test_window_in_the_past_is_due(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("issue", "a.example.test")
+        before = lab.pair()
+        self.window(fake, -2, -1)
+        done = lab.run()
+        assert done.status == 0, done.err
+        assert "the CA would have it renewed from " in done.err
+        assert lab.pair()[0] != before[0]
+        payload = [payload for _, path, payload in fake.requests if path == "/new-order"][-1]
+        assert payload["replaces"] == wucme.facts(before[0]).ari
+
+    def test_window_is_asked_for_when_the_ca_says(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("issue", "a.example.test")
+        self.window(fake, 10, 20)
+        assert [lab.run() for _ in range(3)] == [Done(0, "", "")] * 3
+        assert self.asked(fake) == 1
+        state = json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())
+        assert state["window"][0] <= state["window"][2] <= state["window"][1]
+        assert 21000 < state["ask_at"] - time.time() < 22000
+        state["ask_at"] = 0.0
+        (lab.directory / "wucme_s_a.example.test.json").write_text(json.dumps(state))
+        lab.run()
+        again = json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())
+        assert again["window"] == state["window"], "drawn once for a window"
+        assert self.asked(fake) == 2
+
+    @pytest.mark.parametrize("trouble", ["no_renewal_info", "html_directory", "silent@renewal-info", "error_500_html"])
+    def test_trouble_with_it_is_never_fatal(self, fake: fakeca.FakeCA, lab: Host, trouble: str) -> None:
+        lab.run("issue", "a.example.test")
+        fake.misbehave(trouble)
+        assert lab.run("--timeout", "1s") == Done(0, "", "")
+        fake.misbehave()
+        assert lab.run() == Done(0, "", ""), "and not asked for again at once"
+        assert self.asked(fake) <= 1
+
+    def test_never_means_never(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("issue", "a.example.test")
+        self.window(fake, -2, -1)
+        assert lab.run("--renew", "never") == Done(0, "", "")
+        assert self.asked(fake) == 0
+
+    @pytest.mark.parametrize("refusal", ["problem_escapes", "error_500_html@new-order"])
+    def test_replacement_that_is_refused_is_ordered_without(self, fake: fakeca.FakeCA, lab: Host, refusal: str) -> None:
+        lab.run("issue", "a.example.test")
+        fake.misbehave(refusal, times=1 if "500" not in refusal else 3)
+        assert lab.run("renew", "--force").status == 0
+        payloads = [payload for _, path, payload in fake.requests if path == "/new-order"]
+        assert "replaces" not in payloads[-1]
+        assert "replaces" in payloads[-2]
+
+    def test_refusals_are_remembered(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        fake.failing_names.add("a.example.test")
+        lab.old_pair("a.example.test")
+        assert lab.run().status == 1
+        assert lab.run() == Done(1, "", ""), "backs off, and says so only by its status"
+        assert orders(fake) == 1
+        assert "not tried again before" in lab.run("status").out
+        found = json.loads(lab.run("status", "--json").out)["certificates"][0]["failures"]
+        assert found["count"] == 1
+        assert found["next"] > found["problem"][:0]
+        lab.run("renew", "a.example.test")
+        assert orders(fake) == 2, "naming it by hand skips the ladder"
+        state = json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())
+        assert state["failures"] == 2
+        assert 500 < state["retry_at"] - time.time() < 700
+        fake.failing_names.clear()
+        assert lab.run("renew", "a.example.test").status == 0
+        assert json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())["failures"] == 0
+
+    def test_retry_after_yields_to_force_alone(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        fake.misbehave("rate_limited")
+        fake.retry_after = "3600"
+        lab.run()
+        fake.misbehave()
+        assert lab.run("renew", "a.example.test").status == 1
+        assert orders(fake) == 1
+        assert lab.run("renew", "a.example.test", "--force").status == 0
+
+    def test_unreachable_ca_does_not_climb_the_ladder(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        fake.misbehave("error_500_html")
+        lab.run()
+        fake.misbehave()
+        assert lab.run().status == 0
+
+    def test_next_ca_when_one_cannot_be_reached(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        lab.write(server="dead alive", sections=f"""
+            [server dead]
+            url = https://127.0.0.1:{testbed.free_ports(1)[0]}/directory
+            [server alive]
+            url = {fake.url}
+            [a.example.test]
+            """)
+        done = lab.run()
+        assert done.status == 0, done.err
+        assert "trying the next CA" in done.err
+        (lab.directory / "wucme_k_account_alive.pem").stat()
+        assert "trying the next CA" not in lab.run("renew", "--force").err, "the one that issued is asked first"
+
+    def test_next_ca_after_three_refusals(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        (tmp_path / "second").mkdir()
+        with fakeca.FakeCA(tmp_path / "second", fake.http_port) as other:
+            fake.failing_names.add("a.example.test")
+            lab.write(server="first second", sections=f"[server first]\nurl = {fake.url}\nca_file = {fake.ca_file}\n"
+                      f"[server second]\nurl = {other.url}\nca_file = {other.ca_file}\n[a.example.test]\n")
+            assert [lab.run("renew", "a.example.test").status for _ in range(4)] == [1, 1, 1, 0]
+            assert (orders(fake), orders(other)) == (3, 1)
+
+
+@pytest.mark.process
+class TestAccountsAndProfiles:
+    """What a CA may want, and what may be done with an account."""
+
+    @pytest.mark.parametrize("algorithm", ["HS256", "HS384", "HS512"])
+    def test_bound_account(self, tmp_path: Path, algorithm: str) -> None:
+        mac = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
+        with fakeca.FakeCA(tmp_path, testbed.free_ports(1)[0], eab={"kid-1": mac}) as fake:
+            lab = Host(tmp_path, fake.url, fake.ca_file, f"127.0.0.1:{fake.http_port}")
+            refused = lab.run("issue", "a.example.test")
+            assert "externalAccountRequired" in refused.err
+            assert "an account made on its web site first" in refused.err
+            (tmp_path / "mac").write_text(f"  {mac}\n")
+            lab.write(eab_kid="kid-1", eab_hmac_file=str(tmp_path / "mac"), eab_alg=algorithm)
+            done = lab.run("issue", "a.example.test", "--verbose")
+            assert done.status == 0, done.err
+            assert mac not in done.err + (lab.directory / "wucme.log").read_text()
+
+    def test_profiles(self, tmp_path: Path) -> None:
+        with fakeca.FakeCA(tmp_path, testbed.free_ports(1)[0], profiles={"classic": "90 days", "short": "6"}) as fake:
+            lab = Host(tmp_path, fake.url, fake.ca_file, f"127.0.0.1:{fake.http_port}")
+            refused = lab.run("issue", "a.example.test", "--profile", "shrot")
+            assert "the CA has no profile shrot, but classic, short" in refused.err
+            assert orders(fake) == 0
+            assert lab.run("issue", "a.example.test", "--profile", "short").status == 0
+            assert [payload["profile"] for _, path, payload in fake.requests if path == "/new-order"] == ["short"]
+            lab.write(sections="[a.example.test]\nprofile = classic\n")
+            assert "due: its profile is now classic" in lab.run().err
+            assert lab.run() == Done(0, "", "")
+
+    @pytest.mark.pebble
+    def test_preferred_chain(self, tmp_path: Path) -> None:
+        with testbed.Pebble(tmp_path / "pebble", binaries=testbed.pebble_binaries(), alternate_roots=2) as ca:
+            host = Host(tmp_path, ca.directory_url, ca.ca_file, f"127.0.0.1:{ca.http_port}")
+            for number in range(3):
+                root = x509.load_pem_x509_certificate(ca.root(number))
+                done = host.run("issue", "a.example.test", "--force", "--chain", root.subject.rfc4514_string())
+                assert done.status == 0, done.err
+                assert verifies(host.pair()[0], ca.root(number), "a.example.test")
+            assert "offers no such chain" in host.run("renew", "--force", "--chain", "Nobody").err
+
+    def test_account_verbs(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.write(agree="no")
+        assert "terms of service" in lab.run("account", "show").err
+        assert lab.run("account", "new", "--agree", "--contact", "me@example.test").status == 0
+        shown = lab.run("account", "new").out
+        assert "status:  valid" in shown
+        assert "contact: mailto:me@example.test" in shown
+        assert "mailto:you@example.test" in lab.run("account", "update", "--contact", "you@example.test").out
+        old = (lab.directory / "wucme_k_account.pem").read_bytes()
+        assert lab.run("account", "newkey").status == 0
+        assert (lab.directory / "wucme_k_account.pem").read_bytes() != old
+        assert lab.run("issue", "a.example.test").status == 0
+        assert len(fake.accounts) == 1
+        assert lab.run("account", "deactivate").status == 0
+        assert next(iter(fake.accounts.values())).status == "deactivated"
+        assert not (lab.directory / "wucme_k_account.pem").exists()
+        assert lab.run("account", "close").status == 2
+
+    @pytest.mark.parametrize("heard", [True, False])
+    def test_key_change_that_was_cut_short(self, fake: fakeca.FakeCA, lab: Host, heard: bool) -> None:
+        lab.run("account", "new")
+        key = lab.directory / "wucme_k_account.pem"
+        old = key.read_bytes()
+        if heard:
+            lab.run("account", "newkey")
+            key.rename(f"{key}_tmp")
+            key.write_bytes(old)
+        else:
+            Path(f"{key}_tmp").write_bytes(fakeca.key_pem(fakeca.make_key()))
+        assert lab.run("issue", "a.example.test").status == 0
+        assert (key.read_bytes() == old) is not heard
+        assert len(fake.accounts) == 1
+        assert not lab.left()
+
+    def test_revoked_certificate_is_replaced_with_a_new_key(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("issue", "a.example.test")
+        chain, key = lab.pair()
+        assert lab.run("revoke", "a.example.test", "--reason", "nonsense").status == 2
+        done = lab.run("revoke", "a.example.test", "--reason", "keyCompromise")
+        assert done.status == 0, done.err
+        assert "the next run gets another, with a new key" in done.out
+        assert fake.revoked == [int(wucme.facts(chain).serial, 16)]
+        assert "due: it was revoked" in lab.run().err
+        assert lab.pair()[1] != key
+        assert lab.run() == Done(0, "", "")
+
+    def test_revocation_by_the_certificates_own_key(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("issue", "a.example.test")
+        for name in ("wucme_k_account.pem", "wucme_s_account.json"):
+            (lab.directory / name).unlink()
+        done = lab.run("revoke", lab.chain())
+        assert done.status == 0, done.err
+        assert len(fake.revoked) == 1
 
 
 @pytest.mark.process

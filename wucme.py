@@ -11,6 +11,9 @@ SYNOPSIS
   wucme.py renew [NAME...] [--force]  look at these certificates only; --force: renew them now
   wucme.py load [NAME...]             run the load list now for the certificates as they are
   wucme.py status [--json]            what is there, what is due, what is owed
+  wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
+  wucme.py account new|show|update|newkey|deactivate
+                                      the account at the (first) CA; --server names another
 
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
@@ -664,6 +667,7 @@ class Facts(NamedTuple):
     fingerprint: str            # SHA-256 of the certificate
     key: str                    # SHA-256 of its public key
     kind: str                   # one of KEY_KINDS, or another in words
+    ari: str                    # its name in renewalInfo (RFC 9773 section 4.1), "" if it can have none
 
 
 def blocks(pem: bytes, *labels: bytes) -> list[bytes]:
@@ -761,6 +765,24 @@ def alternative_names(certificate: x509.Certificate) -> tuple[str, ...]:
     return tuple(str(name.value).lower() for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
 
 
+def base64url(data: bytes) -> str:
+    """base64url without padding (RFC 7515)."""
+    import base64
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def certificate_id(certificate: x509.Certificate) -> str:
+    """What renewalInfo calls a certificate: authority key identifier and serial number, both as in its DER."""
+    from cryptography import x509
+    try:
+        issuer = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    except x509.ExtensionNotFound:
+        return ""
+    number = certificate.serial_number
+    serial = number.to_bytes(number.bit_length() // 8 + 1, "big")
+    return f"{base64url(issuer)}.{base64url(serial)}" if issuer else ""
+
+
 def facts(chain: bytes) -> Facts:
     """What the first certificate of a chain says; PemError where there is none."""
     import hashlib
@@ -776,7 +798,7 @@ def facts(chain: bytes) -> Facts:
         not_before, not_after = validity(leaf)
         return Facts(alternative_names(leaf), not_before, not_after, issuer, f"{leaf.serial_number:x}",
                      hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest(),
-                     key_hash(public), key_kind(public))
+                     key_hash(public), key_kind(public), certificate_id(leaf))
     except (ValueError, OverflowError) as error:
         raise PemError(f"a certificate that cannot be read: {printable(str(error))[:100]}") from error
 
@@ -837,6 +859,29 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     return True
 
 
+def chain_matches(chain: bytes, wanted: str) -> bool:
+    """Whether a certificate of a chain, or its issuer, is the one that `chain` means."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    digits = wanted.replace(":", "").lower()
+    for pem in certificates(chain):
+        one = parse_certificate(pem)
+        marks = [one.fingerprint(hashes.SHA256()).hex()]
+        with contextlib.suppress(x509.ExtensionNotFound):
+            identifier = one.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+            marks.append((identifier or b"").hex())
+        if wanted.lower() in one.issuer.rfc4514_string().lower() or any(
+                len(digits) >= 4 and mark.startswith(digits) for mark in marks):
+            return True
+    return False
+
+
+def certificate_der(chain: bytes) -> bytes:
+    """The first certificate of a chain as DER."""
+    from cryptography.hazmat.primitives import serialization
+    return parse_certificate(certificates(chain)[0]).public_bytes(serialization.Encoding.DER)
+
+
 def is_authority(certificate: x509.Certificate) -> bool:
     """Whether a certificate may issue others."""
     from cryptography import x509
@@ -895,6 +940,11 @@ def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float)
 KNOWN_SERVERS = {
     "letsencrypt": "https://acme-v02.api.letsencrypt.org/directory",
     "letsencrypt-staging": "https://acme-staging-v02.api.letsencrypt.org/directory",
+    "zerossl": "https://acme.zerossl.com/v2/DV90",
+    "google": "https://dv.acme-v02.api.pki.goog/directory",
+    "google-test": "https://dv.acme-v02.test-api.pki.goog/directory",
+    "sslcom": "https://acme.ssl.com/sslcom-dv-ecc",
+    "actalis": "https://acme-api.actalis.com/acme/directory",
 }
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 DURATION = re.compile(r"([0-9]{1,9})([smhd])")
@@ -935,11 +985,23 @@ def setting(kind: Callable[[str], T], default: str, text: str, form: str = "", l
     return cast(T, Setting(kind, default, text, form, local))
 
 
+class Secret(str):
+    """A text that no message shows."""
+
+    def __repr__(self) -> str:
+        return "'(secret)'"
+
+
 class Renewal(NamedTuple):
     """When to renew: so long before the end, or at such a share of the lifetime left; neither: never."""
     seconds: float | None = None
     share: float | None = None
     auto: bool = False
+
+    @property
+    def never(self) -> bool:
+        """Whether nothing but its user renews it."""
+        return self == Renewal()
 
 
 def a_url(text: str) -> str:
@@ -1011,6 +1073,13 @@ def a_key_kind(text: str) -> str:
     return text
 
 
+def an_hmac(text: str) -> str:
+    """A JWS MAC algorithm (RFC 7518 section 3.2)."""
+    if text not in ("HS256", "HS384", "HS512"):
+        raise ValueError("must be HS256, HS384 or HS512")
+    return text
+
+
 def some_words(text: str) -> tuple[str, ...]:
     """Words with blanks between."""
     return tuple(text.split())
@@ -1062,8 +1131,10 @@ class RunScope(NamedTuple):
 
 class CertificateScope(NamedTuple):
     """Settings of one certificate."""
-    server: tuple[str, ...] = setting(some_servers, "letsencrypt", "the CA: letsencrypt, letsencrypt-staging, the "
-                                      "name of a [server NAME] section, or the URL of an ACME directory", "SERVER")
+    server: tuple[str, ...] = setting(
+        some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, or "
+        "the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
+        "reached, or has refused three times", "SERVER...")
     names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
     key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS), "KIND")
@@ -1071,6 +1142,9 @@ class CertificateScope(NamedTuple):
                            "and the key file is a link to it")
     renew: Renewal = setting(a_renewal, "auto", "when: auto (a third of the lifetime left, half under 10 days), "
                              "30d, 12h, 25%, never; a bare number is days", "WHEN")
+    profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
+    chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
+                         "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
     listen: tuple[tuple[str, int], ...] = setting(
         some_addresses, ":80", "where the http-01 challenge is answered while an order runs; several by blanks; "
         "the CA asks at port 80, or whatever your router makes of it", "ADDRESS:PORT")
@@ -1088,10 +1162,17 @@ class ServerScope(NamedTuple):
     contact: tuple[str, ...] = setting(some_words, "", "mail address for a new account; optional at most CAs",
                                        "ADDRESS")
     agree: bool = setting(a_flag, "no", "yes: you agree to its terms of service")
+    eab_kid: str = setting(str, "", "key identifier for an account bound to one that you have with the CA", "TEXT")
+    eab_hmac: Secret = setting(Secret, "", "its MAC key, base64url; not an option", "TEXT")
+    eab_hmac_file: str = setting(a_path, "", "a file that holds the MAC key instead", "PATH")
+    profile: str = setting(str, "", "the profile of certificates that name none", "NAME", local=True)
+    chain: str = setting(str, "", "the chain of certificates that name none", "TEXT", local=True)
+    eab_alg: str = setting(an_hmac, "HS256", "its algorithm: HS256, HS384 or HS512", "NAME")
 
 
 SCOPES: tuple[Any, ...] = (RunScope, CertificateScope, ServerScope)
-SETTINGS: dict[str, Setting] = {name: field for scope in SCOPES for name, field in scope._field_defaults.items()}
+SETTINGS: dict[str, Setting] = {name: field for scope in reversed(SCOPES)
+                                for name, field in scope._field_defaults.items()}
 
 
 class Source(NamedTuple):
@@ -1424,7 +1505,15 @@ class Memory(NamedTuple):
     names: tuple[str, ...] = ()     # as ordered
     order: str = ""                 # URL of an order that is not finished
     order_server: str = ""          # directory URL of the CA that has it
+    profile: str = ""               # as ordered
     problem: str = ""               # why the last attempt failed
+    failures: int = 0               # how often a CA said no since the last success
+    retry_at: float = 0.0           # not before this time again, by our own ladder
+    held_until: float = 0.0         # not before this time again, said the CA
+    window: tuple[float, ...] = ()  # ARI: start and end of the CA's renewal window, and the instant drawn in it
+    about: str = ""                 # ARI: where the CA explains it
+    ask_at: float = 0.0             # ARI: when to ask again
+    revoked: str = ""               # fingerprint of a certificate that we revoked
 
 
 class Entry(NamedTuple):
@@ -1477,13 +1566,15 @@ def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
     kept = {key: found[key] for key, default in Memory._field_defaults.items()
-            if key in found and key not in ("facts", "names") and isinstance(found[key], type(default))}
-    about, names = found.get("facts"), found.get("names")
-    if isinstance(about, list) and [type(part) for part in about] == [list, float, float, str, str, str, str, str] \
-            and all(isinstance(name, str) for name in about[0]):
+            if key in found and key not in ("facts", "names", "window") and isinstance(found[key], type(default))}
+    about, names, window = found.get("facts"), found.get("names"), found.get("window")
+    if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
+            and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
         kept["facts"] = Facts(tuple(about[0]), *about[1:])
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         kept["names"] = tuple(names)
+    if isinstance(window, list) and [type(part) for part in window] == [float] * 3:
+        kept["window"] = tuple(window)
     return Memory(**kept)
 
 
@@ -1558,6 +1649,29 @@ class Decision(NamedTuple):
     due: bool
     reason: str
     renew_at: float
+    held: bool = False              # due, but not to be tried yet
+
+
+class Window(NamedTuple):
+    """When a CA would have a certificate renewed (RFC 9773 section 4.2), and where it says why."""
+    start: float
+    end: float
+    about: str
+
+
+LADDER = (60.0, 600.0, 6000.0, 86400.0)     # seconds to the next try after so many refusals by a CA
+
+
+def next_try(failures: int, chance: float, now: float) -> float:
+    """When to try again after a CA's n-th refusal in a row; `chance` from 0 to 1 spreads the hosts."""
+    return now + LADDER[min(failures, len(LADDER)) - 1] * (0.9 + 0.2 * chance)
+
+
+def settle_window(window: Window, kept: tuple[float, ...], chance: float) -> tuple[float, ...]:
+    """A window with the instant drawn in it; what was drawn in the same window before stays."""
+    if kept[:2] == (window.start, window.end):
+        return kept
+    return window.start, window.end, window.start + (window.end - window.start) * chance
 
 
 def renewal_time(about: Facts, rule: Renewal) -> float:
@@ -1582,6 +1696,8 @@ def changed(entry: Entry, about: Facts) -> str:
     ordered = entry.memory.names or about.names
     if "names" in entry.own and set(entry.wanted.names) not in (set(ordered), set(about.names)):
         return f"its names are now {' '.join(entry.wanted.names)}"
+    if "profile" in entry.own and entry.memory.server and entry.wanted.profile != entry.memory.profile:
+        return f"its profile is now {entry.wanted.profile or 'the default'}"
     if "key" in entry.own and about.kind != entry.wanted.key:
         return f"its key should be {entry.wanted.key}, and is {about.kind}"
     return ""
@@ -1602,18 +1718,31 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
         yield entry.fault or "its key does not fit the certificate"
     if changed(entry, about):
         yield changed(entry, about)
+    if entry.memory.revoked == about.fingerprint:
+        yield "it was revoked"
+    window = entry.memory.window
+    if window and now >= window[2] and not entry.wanted.renew.never:
+        explained = f" ({entry.memory.about})" if entry.memory.about else ""
+        yield f"the CA would have it renewed from {gmt(window[0])} to {gmt(window[1])}{explained}"
     if now >= max(at, about.not_after):
         yield "expired"
     if now >= at:
         yield f"expires in {days(about.not_after - now)} days"
 
 
-def decide(entry: Entry, now: float, forced: bool = False) -> Decision:
-    """Whether a certificate is due, with the reason in words."""
+def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) -> Decision:
+    """Whether a certificate is due, with the reason in words; `named` skips our ladder, `forced` all."""
     at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
+    if entry.memory.window and at < float("inf"):
+        at = min(at, entry.memory.window[2])
     if entry.blocked or not wanted_names(entry):
         return Decision(entry, False, entry.fault, at)
-    reason = "forced" if forced else next(reasons(entry, now, at), "")
+    if forced:
+        return Decision(entry, True, "forced", at)
+    reason = next(reasons(entry, now, at), "")
+    wait = max(entry.memory.held_until, 0 if named else entry.memory.retry_at)
+    if reason and now < wait:
+        return Decision(entry, False, f"{reason}; not tried again before {gmt(wait)}", at, held=True)
     return Decision(entry, bool(reason), reason, at)
 
 
@@ -1864,11 +1993,15 @@ REMEDIES = {
 
 
 class Directory(NamedTuple):
-    """Where a CA's operations are (section 7.1.1)."""
+    """Where a CA's operations are (section 7.1.1), "" for what it has not, and what it says of itself."""
     new_nonce: str
     new_account: str
     new_order: str
+    key_change: str
+    revoke: str
+    renewal_info: str
     terms: str
+    profiles: Mapping[str, Any]
 
 
 class Order(NamedTuple):
@@ -1896,28 +2029,22 @@ class Authorization(NamedTuple):
     errors: tuple[Json, ...]
 
 
-def encode(data: bytes) -> str:
-    """base64url without padding (section 6.1)."""
-    import base64
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
 def json_web_key(key: PrivateKey) -> dict[str, str]:
     """The public half of an account key as a JWK, with the members in the order of RFC 7638."""
     numbers: Any = key.public_key().public_numbers()
     if hasattr(numbers, "n"):
         parts = [numbers.e.to_bytes((numbers.e.bit_length() + 7) // 8, "big"),
                  numbers.n.to_bytes((numbers.n.bit_length() + 7) // 8, "big")]
-        return {"e": encode(parts[0]), "kty": "RSA", "n": encode(parts[1])}
+        return {"e": base64url(parts[0]), "kty": "RSA", "n": base64url(parts[1])}
     size = (key.key_size + 7) // 8
     return {"crv": f"P-{key.key_size}", "kty": "EC",
-            "x": encode(numbers.x.to_bytes(size, "big")), "y": encode(numbers.y.to_bytes(size, "big"))}
+            "x": base64url(numbers.x.to_bytes(size, "big")), "y": base64url(numbers.y.to_bytes(size, "big"))}
 
 
 def thumbprint(key: PrivateKey) -> str:
     """The account key's thumbprint (RFC 7638), which every key authorization ends in."""
     import hashlib
-    return encode(hashlib.sha256(json.dumps(json_web_key(key), separators=(",", ":")).encode()).digest())
+    return base64url(hashlib.sha256(json.dumps(json_web_key(key), separators=(",", ":")).encode()).digest())
 
 
 def jws_algorithm(key: PrivateKey) -> str:
@@ -1940,9 +2067,9 @@ def sign(key: PrivateKey, data: bytes) -> bytes:
 
 def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
     """A flattened JWS (section 6.2); payload None is a POST-as-GET (section 6.3)."""
-    protected = encode(json.dumps({"alg": jws_algorithm(key), **header}).encode())
-    body = "" if payload is None else encode(json.dumps(payload).encode())
-    signature = encode(sign(key, f"{protected}.{body}".encode()))
+    protected = base64url(json.dumps({"alg": jws_algorithm(key), **header}).encode())
+    body = "" if payload is None else base64url(json.dumps(payload).encode())
+    signature = base64url(sign(key, f"{protected}.{body}".encode()))
     return json.dumps({"protected": protected, "payload": body, "signature": signature}).encode()
 
 
@@ -1992,21 +2119,81 @@ def with_remedy(text: str, kind: str) -> str:
     return f"{text} ({REMEDIES[kind]})" if kind in REMEDIES else text
 
 
+ASK_SECONDS = (60.0, 86400.0, 21600.0)      # ARI: the shortest and longest wait that a CA may ask for, and without
+
+
+def parse_window(found: Json) -> Window | None:
+    """The suggestedWindow of a renewalInfo (RFC 9773 section 4.2); None for one that makes no sense."""
+    import datetime
+    window = found.get("suggestedWindow")
+    times = []
+    for key in ("start", "end"):
+        text = str(window.get(key)) if isinstance(window, dict) else ""
+        try:
+            at = datetime.datetime.fromisoformat(re.sub(r"\.\d+", "", text.upper()).replace("Z", "+00:00"))
+            times.append(at.timestamp())
+        except (ValueError, OverflowError):
+            return None
+    about = found.get("explanationURL")
+    if times[0] >= times[1]:
+        return None
+    return Window(times[0], times[1], printable(about)[:300] if isinstance(about, str) else "")
+
+
+def mac_key(text: str) -> bytes:
+    """A MAC key as CAs hand it out: base64url or base64, padded or not, with blanks in it."""
+    import base64
+    plain = "".join(text.split()).replace("+", "-").replace("/", "_").rstrip("=")
+    return base64.urlsafe_b64decode(plain + "=" * (-len(plain) % 4))
+
+
+class Applicant(NamedTuple):
+    """What a new account is made with: contact, and the account elsewhere that it is bound to."""
+    contact: Sequence[str]
+    kid: str
+    mac: str
+    mac_algorithm: str
+
+
+def bound(key: PrivateKey, who: Applicant, url: str) -> Json:
+    """The externalAccountBinding of an account key (section 7.3.4)."""
+    import hashlib
+    import hmac
+    protected = base64url(json.dumps({"alg": who.mac_algorithm, "kid": who.kid, "url": url}).encode())
+    payload = base64url(json.dumps(json_web_key(key)).encode())
+    try:
+        secret = mac_key(who.mac)
+    except ValueError as error:
+        raise PemError("eab_hmac: the MAC key is not base64") from error
+    digest = hmac.new(secret, f"{protected}.{payload}".encode(), getattr(hashlib, f"sha{who.mac_algorithm[2:]}"))
+    return {"protected": protected, "payload": payload, "signature": base64url(digest.digest())}
+
+
+def alternates(response: Response) -> list[str]:
+    """The URLs of the other chains that a CA offers (section 7.4.2)."""
+    links = ",".join(response.headers.get_all("Link") or [])
+    return re.findall(r'<([^<>]+)>\s*;[^<]*rel="?alternate"?', links)[:10]
+
+
 class Client:
     """One account at one CA; several workers use it, and as many connections as they need at once."""
 
-    def __init__(self, url: str, key: PrivateKey, world: World, connect: Callable[[], Http]) -> None:
+    def __init__(self, url: str, world: World, connect: Callable[[], Http]) -> None:
         import collections
         import threading
         self.url = url
-        self.key = key
         self.world = world
         self.connect = connect
+        self.key = cast("PrivateKey", None)     # of the account, once it is open
         self.account = ""
         self.idle: collections.deque[Http] = collections.deque()
         self.guard = threading.Lock()
         self.nonces: collections.deque[str] = collections.deque(maxlen=64)
-        self.directory = self.fetch_directory()
+        try:
+            self.directory = self.fetch_directory()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
@@ -2041,9 +2228,14 @@ class Client:
             raise NetworkError(f"{self.url}: HTTP status {response.status} where an ACME directory should be")
         found = read_object(response, self.url)
         meta = found.get("meta")
-        terms = meta.get("termsOfService") if isinstance(meta, dict) else ""
-        urls = [self.own_url(found.get(key), key) for key in ("newNonce", "newAccount", "newOrder")]
-        return Directory(urls[0], urls[1], urls[2], printable(str(terms or "")))
+        meta = meta if isinstance(meta, dict) else {}
+        profiles = meta.get("profiles")
+        needed = [self.own_url(found.get(key), key) for key in ("newNonce", "newAccount", "newOrder")]
+        others = [self.own_url(found[key], key) if key in found else ""
+                  for key in ("keyChange", "revokeCert", "renewalInfo")]
+        return Directory(needed[0], needed[1], needed[2], others[0], others[1], others[2],
+                         printable(str(meta.get("termsOfService") or "")),
+                         profiles if isinstance(profiles, dict) else {})
 
     def own_url(self, value: object, what: str) -> str:
         """A URL that the CA gave, if it is https and of the CA's host."""
@@ -2066,14 +2258,17 @@ class Client:
         except IndexError:
             raise NetworkError(f"{self.directory.new_nonce}: the CA gave no nonce") from None
 
-    def post(self, url: str, payload: Json | None, by_key: bool = False) -> Response:
-        """A signed request, sent again for a refused nonce or a passing fault; AcmeError for a refusal."""
-        identity: Json = {"jwk": json_web_key(self.key)} if by_key else {"kid": self.account}
+    def post(self, url: str, payload: Json | None, by: PrivateKey | None = None) -> Response:
+        """A signed request, sent again for a refused nonce or a passing fault; AcmeError for a refusal.
+
+        It is signed by the account, or by a key that stands for itself.
+        """
+        identity: Json = {"jwk": json_web_key(by)} if by else {"kid": self.account}
         tries = faults = 0
         while True:
             tries += 1
             header = {**identity, "nonce": self.nonce(), "url": url}
-            response = self.send("POST", url, signed(self.key, header, payload))
+            response = self.send("POST", url, signed(by or self.key, header, payload))
             if response.status < 400:
                 return response
             try:
@@ -2096,14 +2291,16 @@ class Client:
         kind = problem_kind(problem)
         return AcmeError(with_remedy(problem_text(problem), kind), kind, wait)
 
-    def register(self, contact: Sequence[str], agreed: bool) -> str:
+    def register(self, who: Applicant, agreed: bool) -> str:
         """The URL of this key's account, made if `agreed` and there is none yet; "" if there is none (7.3)."""
         payload: Json = {"termsOfServiceAgreed": True} if agreed else {"onlyReturnExisting": True}
-        if contact and agreed:
-            payload["contact"] = [f"mailto:{address}" for address in contact]
+        if who.contact and agreed:
+            payload["contact"] = [f"mailto:{address}" for address in who.contact]
+        if who.kid and agreed:
+            payload["externalAccountBinding"] = bound(self.key, who, self.directory.new_account)
         log(f"{'making or finding the' if agreed else 'looking for an'} account at {self.directory.new_account}")
         try:
-            response = self.post(self.directory.new_account, payload, by_key=True)
+            response = self.post(self.directory.new_account, payload, by=self.key)
         except AcmeError as error:
             if error.kind == "accountDoesNotExist" and not agreed:
                 return ""
@@ -2112,16 +2309,46 @@ class Client:
         log(f"account location: {self.account}")
         return self.account
 
-    def register_again(self, lost: str, contact: Sequence[str]) -> None:
+    def account_object(self, change: Json | None = None) -> Json:
+        """The account as the CA has it, after a change if one is given (sections 7.3.2, 7.3.6)."""
+        return read_object(self.post(self.account, change), self.account)
+
+    def change_key(self, new: PrivateKey) -> None:
+        """Have the account answer to another key from now on (section 7.3.5)."""
+        inner = signed(new, {"jwk": json_web_key(new), "url": self.directory.key_change},
+                       {"account": self.account, "oldKey": json_web_key(self.key)})
+        self.post(self.directory.key_change, json.loads(inner))
+        self.key = new
+
+    def revoke(self, certificate: bytes, reason: int, by: PrivateKey | None = None) -> None:
+        """Revoke a certificate (DER), by the account or by the certificate's own key (section 7.6)."""
+        payload = {"certificate": base64url(certificate), "reason": reason}
+        try:
+            self.post(self.directory.revoke, payload, by=by)
+        except AcmeError as error:
+            if error.kind != "alreadyRevoked":
+                raise
+
+    def register_again(self, lost: str, who: Applicant) -> None:
         """Make the account anew with the same key, once, when the CA has lost it."""
         with self.guard:
             if self.account == lost:
-                self.register(contact, True)
+                self.register(who, True)
 
-    def new_order(self, names: Sequence[str]) -> Order:
-        """A new order for these names (section 7.4)."""
+    def new_order(self, names: Sequence[str], profile: str = "", replaces: str = "") -> Order:
+        """A new order for these names (section 7.4), by a profile, in place of an old certificate (RFC 9773, 5)."""
+        if profile and profile not in self.directory.profiles:
+            raise SettingsError(f"{self.url}: the CA has no profile {profile}, but "
+                            + (", ".join(map(printable, self.directory.profiles)) or "none at all"))
         identifiers = [{"type": "ip" if is_address(name) else "dns", "value": name} for name in names]
-        response = self.post(self.directory.new_order, {"identifiers": identifiers})
+        payload: Json = {"identifiers": identifiers, **({"profile": profile} if profile else {})}
+        try:
+            response = self.post(self.directory.new_order, {**payload, **({"replaces": replaces} if replaces else {})})
+        except (AcmeError, NetworkError) as error:
+            if not replaces or getattr(error, "kind", "") in ("rateLimited", "accountDoesNotExist"):
+                raise
+            log(f"{names[0]}: the CA does not take the order as a replacement; once more without: {error}")
+            response = self.post(self.directory.new_order, payload)
         url = self.own_url(response.headers.get("Location"), "order")
         return self.parse_order(url, read_object(response, url), names)
 
@@ -2168,6 +2395,15 @@ class Client:
                     raise NetworkError(f"{url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
                 challenge = Challenge(self.own_url(one.get("url"), "challenge"), token, str(one.get("status")))
         return Authorization(name, str(found.get("status")), challenge, tuple(errors))
+
+    def renewal_window(self, name: str) -> tuple[Window | None, float]:
+        """The window that the CA suggests for a certificate, None for none, and the seconds to the next question."""
+        url = f"{self.directory.renewal_info.rstrip('/')}/{name}"
+        response = self.send("GET", url)
+        if response.status != 200:
+            raise NetworkError(f"{url}: HTTP status {response.status} where renewal information should be")
+        wait = asked_wait(response, self.world.now()) or ASK_SECONDS[2]
+        return parse_window(read_object(response, url)), min(max(wait, ASK_SECONDS[0]), ASK_SECONDS[1])
 
     def settle(self, order: Order, names: Sequence[str], busy: Sequence[str], until: float,
                asked: threading.Event | None = None) -> Order:
@@ -2229,11 +2465,23 @@ def authorize(client: Client, order: Order, names: Sequence[str], answers: Answe
             answers.withdraw(one.token)
 
 
-def finish(client: Client, order: Order, names: Sequence[str], key: PrivateKey, until: float) -> bytes:
+def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
+    """The chain that is preferred, of all that the CA offers; its first where none is."""
+    if not preferred or chain_matches(first.body, preferred):
+        return first.body
+    for url in alternates(first):
+        body = client.post(client.own_url(url, "alternate chain"), None).body
+        if chain_matches(body, preferred):
+            return body
+    log(f"chain = {preferred}: the CA offers no such chain; its default is taken")
+    return first.body
+
+
+def finish(client: Client, order: Order, names: Sequence[str], request: bytes, until: float) -> Response:
     """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
     if order.status == "ready":
         log(f"{names[0]}: finalizing order at {order.finalize}")
-        client.post(order.finalize, {"csr": encode(signing_request(key, names))})
+        client.post(order.finalize, {"csr": base64url(request)})
         order = client.settle(order, names, ("processing", "ready"), until)
     elif order.status == "processing":
         order = client.settle(order, names, ("processing",), until)
@@ -2243,7 +2491,7 @@ def finish(client: Client, order: Order, names: Sequence[str], key: PrivateKey, 
         raise NetworkError(f"{order.url}: the CA calls the order {printable(order.status)[:40]!r} and "
                            "gives no certificate")
     log(f"{names[0]}: retrieving certificate at {order.certificate}")
-    return client.post(order.certificate, None).body
+    return client.post(order.certificate, None)
 
 
 # === 10. store: how a new certificate becomes the live one ======================================
@@ -2320,7 +2568,7 @@ def sweep(directory: str, kept: Iterable[str]) -> list[str]:
     """Delete what a killed run left: files never made live, but for those kept, and published tokens."""
     keep = set(kept)
     stale = [os.path.join(directory, name) for name in os.listdir(directory)
-             if name[:6].lower() == "wucme_" and name.endswith("_tmp")]
+             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not name.startswith("wucme_k_account")]
     tokens = os.path.join(directory, "tokens")
     if os.path.isdir(tokens):
         stale += [os.path.join(tokens, name) for name in os.listdir(tokens)]
@@ -2613,7 +2861,7 @@ class Report(NamedTuple):
     @property
     def status(self) -> int:
         """The exit status."""
-        return 1 if self.count("failed") or self.count("owed") else 0
+        return 1 if any(self.count(state) for state in ("failed", "held", "owed")) else 0
 
     @property
     def news(self) -> bool:
@@ -2640,14 +2888,15 @@ def local_time(when: float) -> str:
 def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     """One certificate as status --json has it."""
     entry, about = decision.entry, decision.entry.facts
-    problem = entry.memory.problem
+    problem, next_time = entry.memory.problem, max(entry.memory.retry_at, entry.memory.held_until)
     return {"name": entry.name, "file": entry.chain, "names": list(about.names if about else entry.wanted.names),
             "issuer": about.issuer if about else None, "serial": about.serial if about else None,
             "fingerprint": about.fingerprint if about else None,
             "not_before": utc(about.not_before) if about else None,
             "not_after": utc(about.not_after) if about else None,
             "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
-            "failures": {"count": int(bool(problem)), "next": None, "problem": problem}, "loads": loads}
+            "failures": {"count": entry.memory.failures, "next": utc(next_time) if problem and next_time else None,
+                         "problem": problem}, "loads": loads}
 
 
 def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
@@ -2682,6 +2931,7 @@ class Request(NamedTuple):
     options: Mapping[str, str] = {}     # the settings among the options
     ini: str = ""                       # the ini that was named
     staging: bool = False
+    reason: str = "unspecified"         # of a revocation
 
 
 Ending = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
@@ -2692,22 +2942,21 @@ class Opened(NamedTuple):
     client: Client
     server: ServerScope
     account: Account
+    who: Applicant
 
 
 class Job(NamedTuple):
-    """A certificate to obtain, and with what."""
-    decision: Decision
-    by: Opened
-    answers: Answers
-    seconds: float
+    """Something to be done for one certificate, beside others."""
+    name: str
+    act: Callable[[], Any]
 
 
 class Obtained(NamedTuple):
     """A chain as the CA sent it, the key it was ordered for, and what to remember."""
-    job: Job
     entry: Entry
     chain: bytes
     key: PrivateKey
+    server: str
 
 
 @contextlib.contextmanager
@@ -2778,59 +3027,98 @@ def note_account(client: Client, account: Account) -> None:
         replace(account.state, json.dumps(state).encode())
 
 
-def open_client(settings: Settings, word: str, world: World) -> Opened:
-    """A client with an account at the CA that a `server` word means, made if the terms are agreed to."""
-    label, server = find_server(settings, word)
-    directory = settings.run.directory
-    account = account_files(directory, label, server.url, word == settings.default.server[0])
+def reach(settings: Settings, word: str, world: World) -> Client:
+    """A client of the CA that a `server` word means, without an account."""
+    _, server = find_server(settings, word)
+    return Client(server.url, world, lambda: world.http(settings.run.timeout, server.ca_file, server.proxy))
+
+
+def applicant(server: ServerScope) -> Applicant:
+    """What a new account at a CA is made with."""
+    mac = server.eab_hmac
+    if server.eab_hmac_file:
+        mac = Secret(read(server.eab_hmac_file).decode("ascii", "replace"))
+    return Applicant(server.contact, server.eab_kid, mac, server.eab_alg)
+
+
+def account_key(account: Account) -> PrivateKey:
+    """The key of an account, made if there is none."""
     if not os.path.exists(account.key):
         log(f"making an account key, {account.key}")
         create(account.key, key_pem(new_key("ecdsa-p256")))
         sync_directory(account.key)
     log(f"loading key from {account.key}")
     try:
-        key = parse_key(read(account.key))
+        return parse_key(read(account.key))
     except PemError as error:
         raise PemError(f"{account.key}: {error}") from error
-    client = Client(server.url, key, world, lambda: world.http(settings.run.timeout, server.ca_file, server.proxy))
+
+
+def account_of(settings: Settings, word: str) -> Account:
+    """The files of the account at the CA that a `server` word means."""
+    label, server = find_server(settings, word)
+    return account_files(settings.run.directory, label, server.url, word == settings.default.server[0])
+
+
+def finish_key_change(client: Client, account: Account, who: Applicant) -> None:
+    """Find out which of two keys the CA has for an account, and drop the other."""
+    old = client.key
+    client.key = parse_key(read(f"{account.key}_tmp"))
+    if client.register(who, False):
+        rename(f"{account.key}_tmp", account.key)
+    else:
+        client.key = old
+        remove(f"{account.key}_tmp")
+
+
+def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world: World) -> Opened:
+    """Open the account at a CA; it is made if there is none and the terms are agreed to."""
+    account, server = account_of(settings, word), find_server(settings, word)[1]
+    client.key = key
+    who = applicant(server)
     state = read_json(account.state)
+    if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
+        finish_key_change(client, account, who)
     if state.get("directory") == server.url and isinstance(state.get("account"), str):
         client.account = client.own_url(state["account"], "account")
-    elif not client.register(server.contact, server.agree):
+    elif not client.register(who, server.agree):
         terms = client.directory.terms
         if terms and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
-            raise AcmeError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be agreed "
-                            "to first: set agree = yes, or use --agree", "userActionRequired")
-        client.register(server.contact, True)
+            raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
+                                "agreed to first: set agree = yes, or use --agree")
+        client.register(who, True)
     note_account(client, account)
-    return Opened(client, server, account)
+    return Opened(client, server, account, who)
 
 
-def start_order(job: Job, names: Sequence[str]) -> Order:
+def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
     """The order that an earlier run could not finish, else a new one."""
-    entry, client = job.decision.entry, job.by.client
-    if entry.memory.order and entry.memory.order_server == client.url:
+    client, memory = by.client, entry.memory
+    if memory.order and memory.order_server == client.url:
         with contextlib.suppress(WucmeError):
-            order, _ = client.fetch_order(client.own_url(entry.memory.order, "order"), names)
+            order, _ = client.fetch_order(client.own_url(memory.order, "order"), names)
             if order.status in ("pending", "ready", "processing", "valid"):
                 log(f"{names[0]}: taking up the order {order.url}")
                 return order
     log(f"{names[0]}: creating new order for {' '.join(names)} at {client.directory.new_order}")
-    account = client.account
+    account, about = client.account, entry.facts
+    replaces = about.ari if about and client.directory.renewal_info and memory.server == client.url else ""
+    profile = entry.wanted.profile or by.server.profile
     try:
-        order = client.new_order(names)
+        order = client.new_order(names, profile, replaces)
     except AcmeError as error:
         if error.kind != "accountDoesNotExist":
             raise
-        client.register_again(account, job.by.server.contact)
-        order = client.new_order(names)
+        client.register_again(account, by.who)
+        order = client.new_order(names, profile, replaces)
     log(f"{names[0]}: order URL: {order.url}")
     return order
 
 
 def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
     """The key for a new certificate: the present one if it may stay, else one that waits in the _tmp file."""
-    if not entry.wanted.rotate or not entry.whole:
+    revoked = entry.facts is not None and entry.memory.revoked == entry.facts.fingerprint
+    if not revoked and (not entry.wanted.rotate or not entry.whole):
         with contextlib.suppress(WucmeError):
             key = parse_key(read(entry.key))
             if "key" not in entry.own or key_kind(key.public_key()) == entry.wanted.key:
@@ -2841,20 +3129,85 @@ def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
     return new_key(entry.wanted.key)
 
 
-def obtain(job: Job, directory: str) -> Obtained:
+def obtain(entry: Entry, by: Opened, answers: Answers, run: RunScope, until: float) -> Obtained:
     """Take one certificate through the whole of ACME, with what a killed run needs to go on written down."""
-    entry, client = job.decision.entry, job.by.client
-    until = client.world.monotonic() + job.seconds
-    names = wanted_names(entry)
-    order = start_order(job, names)
-    resumed = order.url == entry.memory.order
-    key = choose_key(entry, resumed)
+    client, names = by.client, wanted_names(entry)
+    order = start_order(by, entry, names)
+    key = choose_key(entry, order.url == entry.memory.order)
     if not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash:
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
-    entry = remember(directory, entry, order=order.url, order_server=client.url)
-    order = authorize(client, order, names, job.answers, until)
-    return Obtained(job, entry, finish(client, order, names, key, until), key)
+    entry = remember(run.directory, entry, order=order.url, order_server=client.url)
+    order = authorize(client, order, names, answers, until)
+    first = finish(client, order, names, signing_request(key, names), until)
+    chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
+    return Obtained(entry, chain, key, client.url)
+
+
+def preference(entry: Entry, settings: Settings) -> list[str]:
+    """The CAs to ask, in order: the one that issued first, but another after each three refusals."""
+    words = sorted(entry.wanted.server, key=lambda word: find_server(settings, word)[1].url != entry.memory.server)
+    turn = entry.memory.failures // 3 % len(words)
+    return words[turn:] + words[:turn]
+
+
+class Clients:
+    """The CAs that a run needs, each reached once and entered once; what fails, fails all who need it."""
+
+    def __init__(self, settings: Settings, world: World) -> None:
+        import threading
+        self.settings, self.world = settings, world
+        self.reached: dict[str, Client | Exception] = {}
+        self.entered: dict[str, Opened | Exception] = {}
+        self.guard = threading.RLock()
+
+    def once(self, table: dict[str, Any], word: str, make: Callable[[], Any]) -> Any:
+        """What was made for this word, or the error that was met; made when first asked for."""
+        with self.guard:
+            if word not in table:
+                try:
+                    table[word] = make()
+                except (WucmeError, OSError) as error:
+                    table[word] = error
+            if isinstance(table[word], Exception):
+                raise table[word]
+            return table[word]
+
+    def reach(self, word: str) -> Client:
+        """A client of a CA, for questions that need no account."""
+        return cast(Client, self.once(self.reached, word, lambda: reach(self.settings, word, self.world)))
+
+    def enter(self, word: str) -> Opened:
+        """The account at a CA."""
+        def make() -> Opened:
+            key = account_key(account_of(self.settings, word))
+            return enter(self.settings, word, self.reach(word), key, self.world)
+
+        return cast(Opened, self.once(self.entered, word, make))
+
+    def close(self) -> None:
+        """Close the connections, and remember what became of the accounts."""
+        for client in self.reached.values():
+            if isinstance(client, Client):
+                client.close()
+        for found in self.entered.values():
+            if isinstance(found, Opened):
+                with contextlib.suppress(OSError):      # the account can be asked for again
+                    note_account(found.client, found.account)
+
+
+def obtain_somewhere(entry: Entry, clients: Clients, answers: Answers, run: RunScope) -> Obtained:
+    """Obtain one certificate from the first of its CAs that can be reached."""
+    until = time.monotonic() + run.deadline
+    words = preference(entry, clients.settings)
+    for word in words[:-1]:
+        try:
+            return obtain(entry, clients.enter(word), answers, run, until)
+        except NetworkError as error:
+            if time.monotonic() > until:
+                raise
+            log(f"{entry.title}: {error}; trying the next CA")
+    return obtain(entry, clients.enter(words[-1]), answers, run, until)
 
 
 def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
@@ -2882,29 +3235,39 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     log(f"wuCME successful {entry.title} {'renewal' if entry.facts else 'issue'}")
     found = look(entry)
     with contextlib.suppress(OSError):      # it is live: what follows must not undo that
-        remember(run.directory, found, server=obtained.job.by.client.url, names=tuple(names), order="", order_server="",
-                 problem="")
+        remember(run.directory, found, server=obtained.server, names=tuple(names), order="", order_server="",
+                 profile=entry.wanted.profile, problem="", failures=0, retry_at=0.0, held_until=0.0, window=(),
+                 about="", ask_at=0.0)
     return found
 
 
-def fail(entry: Entry, error: WucmeError | OSError, directory: str) -> Outcome:
-    """Note why a certificate failed; an order that the CA refused is not taken up again."""
+def own_share(run: RunScope, entry: Entry) -> float:
+    """A number from 0 to 1 that is this host's and certificate's own."""
+    import hashlib
+    return int(hashlib.sha256(f"{run.host} {entry.name}".encode()).hexdigest()[:8], 16) / 0xffffffff
+
+
+def fail(entry: Entry, error: WucmeError | OSError, run: RunScope, now: float) -> Outcome:
+    """Note why a certificate failed; only a CA's refusal counts for the ladder, and ends the order."""
     problem = sentence(error)
     news = problem != entry.memory.problem
     log(f"{entry.title}: failed: {problem}")
-    written = read_memory(state_path(directory, entry.name))
+    written = read_memory(state_path(run.directory, entry.name))
     memory = written._replace(problem=problem)
+    if isinstance(error, AcmeError):
+        failures = memory.failures + 1
+        memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry), now),
+                                 held_until=now + error.retry_after if error.retry_after else 0.0)
     with contextlib.suppress(OSError):      # the disk may be what failed
         remove(f"{entry.chain}_tmp")
         if isinstance(error, (AcmeError, PemError)):
             memory = memory._replace(order="", order_server="")
             remove(f"{entry.key}_tmp")
-        remember(directory, entry._replace(memory=memory, written=written))
+        remember(run.directory, entry._replace(memory=memory, written=written))
     return Outcome(entry.title, "failed", problem, news)
 
 
-def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
-         directory: str) -> None:
+def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float]) -> None:
     """What a worker does: one job after the other, each ending in a value."""
     import queue
     while True:
@@ -2912,14 +3275,14 @@ def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started:
             job = jobs.get_nowait()
         except queue.Empty:
             return
-        started[job.decision.entry.name] = time.monotonic()
+        started[job.name] = time.monotonic()
         try:
-            results.put((job, obtain(job, directory)))
+            results.put((job, job.act()))
         except BaseException as error:
             results.put((job, error))
 
 
-def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[Job, Any]]:
+def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[str, Any]]:
     """The jobs as they end, each with what was obtained or the error; none is waited for without end."""
     import queue
     import threading
@@ -2929,8 +3292,8 @@ def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[Job, Any]]:
     for job in jobs:
         waiting.put(job)
     for _ in range(min(run.workers, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started, run.directory), daemon=True).start()
-    left = {job.decision.entry.name: job for job in jobs}
+        threading.Thread(target=work, args=(waiting, results, started), daemon=True).start()
+    left = {job.name: job for job in jobs}
     while left:
         try:
             job, result = results.get(timeout=1.0)
@@ -2940,8 +3303,8 @@ def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[Job, Any]]:
             if not late:
                 continue
             job, result = left[late[0]], NetworkError("did not end within the deadline; a later run goes on with it")
-        if left.pop(job.decision.entry.name, None):
-            yield job, result
+        if left.pop(job.name, None):
+            yield job.name, result
 
 
 def check_challenge(entry: Entry, refused: Mapping[tuple[str, int], str]) -> None:
@@ -2956,65 +3319,80 @@ def check_challenge(entry: Entry, refused: Mapping[tuple[str, int], str]) -> Non
             raise ListenerError(refused[address])
 
 
-class Clients:
-    """The accounts that a run needs, each opened once; one that cannot be opened fails all who need it."""
-
-    def __init__(self, settings: Settings, world: World) -> None:
-        self.settings, self.world = settings, world
-        self.opened: dict[str, Opened | Exception] = {}
-
-    def get(self, word: str) -> Opened:
-        """The account at the CA that a `server` word means."""
-        if word not in self.opened:
-            try:
-                self.opened[word] = open_client(self.settings, word, self.world)
-            except (WucmeError, OSError) as error:
-                self.opened[word] = error
-        found = self.opened[word]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    def close(self) -> None:
-        """Remember what became of the accounts."""
-        for found in self.opened.values():
-            if not isinstance(found, Exception):
-                found.client.close()
-                with contextlib.suppress(OSError):      # the account can be asked for again
-                    note_account(found.client, found.account)
-
-
-def conclude(job: Job, result: Any, run: RunScope, now: float) -> Ending:
-    """Make live what a job obtained; the entry as it is then, with its outcome."""
-    entry = job.decision.entry
+def conclude(entry: Entry, result: Any, run: RunScope, now: float) -> Ending:
+    """Make live what was obtained; the entry as it is then, with its outcome."""
     try:
         if isinstance(result, BaseException):
             raise result
         return store(result, run, run_mark(now), now), Outcome(entry.title, "renewed", "", True)
     except (WucmeError, OSError) as error:
-        return entry, fail(entry, error, run.directory)
+        return entry, fail(entry, error, run, now)
 
 
-def renew_all(due: Iterable[Decision], settings: Settings, world: World, now: float) -> Iterator[Ending]:
+def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Ending]:
     """Obtain and store every certificate that is due, the most urgent first."""
     run = settings.run
-    urgent = sorted(due, key=lambda one: one.entry.facts.not_after if one.entry.facts else now)
-    answers, clients = Answers(run.directory), Clients(settings, world)
-    listeners, refused = open_listeners((address for one in urgent for address in one.entry.wanted.listen), answers)
+    urgent = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    answers = Answers(run.directory)
+    listeners, refused = open_listeners((address for entry in urgent for address in entry.wanted.listen), answers)
     jobs = []
     try:
-        for decision in urgent:
+        for entry in urgent:
             try:
-                check_challenge(decision.entry, refused)
-                jobs.append(Job(decision, clients.get(decision.entry.wanted.server[0]), answers, run.deadline))
-            except (WucmeError, OSError) as error:
-                yield decision.entry, fail(decision.entry, error, run.directory)
-        for job, result in gather(jobs, run):
-            yield conclude(job, result, run, now)
+                check_challenge(entry, refused)
+                jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, clients, answers, run)))
+            except WucmeError as error:
+                yield entry, fail(entry, error, run, now)
+        entries = {entry.name: entry for entry in urgent}
+        for name, result in gather(jobs, run):
+            yield conclude(entries[name], result, run, now)
     finally:
-        clients.close()
         for listener in listeners:
             listener.close()
+
+
+def issuing(entry: Entry, settings: Settings) -> str:
+    """The `server` word of the CA that issued a certificate; the first of its settings where that is not known."""
+    urls = {server.url: word for word, server in settings.servers.items()}
+    return urls.get(entry.memory.server, entry.memory.server) or entry.wanted.server[0]
+
+
+def random_share() -> float:
+    """A random number from 0 to 1."""
+    import random
+    return random.random()      # noqa: S311 - it spreads hosts, it keeps no secret
+
+
+def advised(entry: Entry, result: Any, run: RunScope, now: float) -> Entry:
+    """An entry with what its CA said of when to renew it; trouble with that is never more than a note."""
+    memory = entry.memory
+    if isinstance(result, (WucmeError, OSError)):
+        log.detail(f"{entry.title}: no renewal information: {sentence(result)}")
+        memory = memory._replace(ask_at=now + ASK_SECONDS[2])
+    elif isinstance(result, BaseException):
+        raise result
+    else:
+        window, wait = result
+        drawn = settle_window(window, memory.window, random_share()) if window else ()
+        memory = memory._replace(window=drawn, about=window.about if window else "", ask_at=now + wait)
+    with contextlib.suppress(OSError):
+        return remember(run.directory, entry._replace(memory=memory))
+    return entry._replace(memory=memory)
+
+
+def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> dict[str, Entry]:
+    """The certificates that are not due otherwise and whose CA is to be asked again when to renew them (RFC 9773)."""
+    def question(entry: Entry) -> Any:
+        client = clients.reach(issuing(entry, settings))
+        return client.renewal_window(entry.facts.ari if entry.facts else "") if client.directory.renewal_info \
+            else (None, ASK_SECONDS[2])
+
+    found = {one.entry.name: one.entry for one in decisions if not one.due and not one.held and one.entry.facts
+             and one.entry.facts.ari and now >= one.entry.memory.ask_at and not one.entry.wanted.renew.never}
+    jobs = [Job(name, functools.partial(question, entry)) for name, entry in found.items()]
+    for name, result in gather(jobs, settings.run):
+        found[name] = advised(found[name], result, settings.run, now)
+    return found
 
 
 def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> list[Outcome]:
@@ -3041,28 +3419,32 @@ def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> li
 def examine(inventory: Inventory, request: Request, now: float) -> list[Decision]:
     """What to do about each certificate; one that was not asked for is not due."""
     chosen = {entry.name for entry in choose(inventory, request.names)}
-    decisions = [decide(entry, now, request.force and entry.name in chosen) for entry in inventory.entries.values()]
+    named = chosen if request.names else set()
+    decisions = [decide(entry, now, entry.name in named, request.force and entry.name in chosen)
+                 for entry in inventory.entries.values()]
     return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
 
 
-def tend(decisions: Iterable[Decision], settings: Settings, world: World, now: float) -> Iterator[Ending]:
+def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Ending]:
     """See to every certificate: each comes back as it is afterwards, with its outcome."""
-    directory = settings.run.directory
+    run = settings.run
     for one in decisions:
         if one.entry.facts and (one.due or log.live):
             log(one.entry.chain)
             log(dates(one, now))
         if one.due:
             log(f"{one.entry.title}: due: {one.reason}")
-        elif one.entry.fault:
-            yield one.entry, fail(one.entry, FileError(one.entry.fault), directory)
+        elif one.entry.fault and not one.held:
+            yield one.entry, fail(one.entry, FileError(one.entry.fault), run, now)
         else:
+            if one.held and log.live:
+                log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
             with contextlib.suppress(OSError):      # it can be learnt again
-                remember(directory, one.entry)
-            yield one.entry, Outcome(one.entry.title, "current")
+                remember(run.directory, one.entry)
+            yield one.entry, Outcome(one.entry.title, "held" if one.held else "current")
     due = [one for one in decisions if one.due]
     if due:
-        yield from renew_all(due, settings, world, now)
+        yield from renew_all(due, settings, clients, now)
 
 
 def open_ledger(run: RunScope) -> Ledger:
@@ -3075,19 +3457,22 @@ def open_ledger(run: RunScope) -> Ledger:
 
 
 def run_once(settings: Settings, request: Request, world: World) -> Report:
-    """The whole job, once: look, decide, obtain, store, load, report."""
+    """The whole job, once: look, ask, decide, obtain, store, load, report."""
     items = load_items(settings)
     run = settings.run
-    with locked(run, world):
+    clients = Clients(settings, world)
+    with locked(run, world), contextlib.closing(clients):
         now = world.now()
         log("certificate management")
         inventory = take_stock(settings)
+        told = ask_windows(examine(inventory, request, now), settings, clients, now)
+        inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
-        kept = (f"{one.entry.key}_tmp" for one in decisions if one.due and one.entry.memory.order)
+        kept = (f"{one.entry.key}_tmp" for one in decisions if (one.due or one.held) and one.entry.memory.order)
         for path in sweep(run.directory, kept):
             log(f"removed {path}, left by a run that was stopped")
         entries, outcomes = {}, []
-        for entry, outcome in tend(decisions, settings, world, now):
+        for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
         ledger = open_ledger(run)
@@ -3192,9 +3577,113 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     return report
 
 
+REASONS = {"unspecified": 0, "keyCompromise": 1, "affiliationChanged": 3, "superseded": 4, "cessationOfOperation": 5}
+
+
+def revoke(settings: Settings, request: Request, world: World) -> Report:
+    """Revoke a certificate, by its name or its file, and say what that means for those who serve it."""
+    if len(request.names) != 1 or request.reason not in REASONS:
+        raise SettingsError(f"revoke takes one name or file, and --reason {', '.join(REASONS)}")
+    name = request.names[0]
+    run = settings.run
+    clients = Clients(settings, world)
+    with locked(run, world), contextlib.closing(clients):
+        inventory = take_stock(settings)
+        if os.path.isfile(name):
+            chain = read(name)
+            fingerprint = facts(chain).fingerprint
+            found = [one for one in inventory.entries.values() if one.facts and one.facts.fingerprint == fingerprint]
+        else:
+            found = choose(inventory, [name])
+            chain = read(found[0].chain)
+        word = issuing(found[0], settings) if found else settings.default.server[0]
+        der = certificate_der(chain)
+        client = clients.enter(word).client
+        try:
+            client.revoke(der, REASONS[request.reason])
+        except AcmeError as error:
+            if error.kind != "unauthorized" or not found or not found[0].fits:
+                raise
+            log(f"{name}: the account may not revoke it ({error}); once more by the certificate's own key")
+            client.revoke(der, REASONS[request.reason], by=parse_key(read(found[0].key)))
+        print(f"{name} is revoked")
+        for entry in found:
+            remember(run.directory, entry, revoked=entry.facts.fingerprint if entry.facts else "")
+            print("it is still served: the next run gets another, with a new key; renew "
+                  f"{entry.name} does that now")
+    return Report(inventory.files, [], [])
+
+
+def show_account(opened: Opened, _: str) -> list[str]:
+    """The account as the CA has it."""
+    about = opened.client.account_object()
+    contact = about.get("contact")
+    return [f"account: {opened.client.account}", f"key:     {opened.account.key}", f"status:  {about.get('status')}",
+            f"contact: {' '.join(map(str, contact)) if isinstance(contact, list) else 'none'}"]
+
+
+def update_account(opened: Opened, mark: str) -> list[str]:
+    """The account with the contact of the settings, or none."""
+    wanted = [f"mailto:{address}" for address in opened.who.contact]
+    opened.client.account_object({"contact": wanted})
+    return show_account(opened, mark)
+
+
+def new_account_key(opened: Opened, mark: str) -> list[str]:
+    """A new key for the account; the new one is on the disk before the CA hears of it."""
+    if not opened.client.directory.key_change:
+        raise AcmeError(f"{opened.client.url}: the CA cannot change keys")
+    key, path = new_key("ecdsa-p256"), opened.account.key
+    create(f"{path}_tmp", key_pem(key), owner(path, 0o600))
+    sync_directory(path)
+    try:
+        opened.client.change_key(key)
+    except AcmeError:
+        remove(f"{path}_tmp")
+        raise
+    back_up(path, f"{path}_{mark}")
+    rename(f"{path}_tmp", path)
+    return [f"the account has a new key, {path}; the old one is {path}_{mark}"]
+
+
+def deactivate_account(opened: Opened, mark: str) -> list[str]:
+    """The account closed for good; its key is put aside."""
+    opened.client.account_object({"status": "deactivated"})
+    path = opened.account.key
+    rename(path, f"{path}_{mark}")
+    remove(opened.account.state)
+    opened.client.account = ""
+    return [f"the account {opened.client.url} is deactivated for ever; its key is {path}_{mark}"]
+
+
+ACCOUNT_VERBS: dict[str, Callable[[Opened, str], list[str]]] = {
+    "new": show_account, "show": show_account, "update": update_account, "newkey": new_account_key,
+    "deactivate": deactivate_account}
+
+
+def account_verb(settings: Settings, request: Request, world: World) -> Report:
+    """See to the account at a CA: new, show, update, newkey, deactivate."""
+    action = request.names[0] if len(request.names) == 1 else ""
+    if action not in ACCOUNT_VERBS:
+        raise SettingsError(f"account takes one of {', '.join(ACCOUNT_VERBS)}")
+    word = settings.default.server[0]
+    if action != "new":             # none is made by the way
+        world = world._replace(ask=lambda _: False)
+        settings = settings._replace(
+            servers={name: server._replace(agree=False) for name, server in settings.servers.items()},
+            other_server=settings.other_server._replace(agree=False))
+    clients = Clients(settings, world)
+    with locked(settings.run, world), contextlib.closing(clients):
+        opened = clients.enter(word)
+        for line in ACCOUNT_VERBS[action](opened, run_mark(world.now())):
+            print(printable(line))
+    return Report(0, [], [])
+
+
 # === 16. command line: what was asked for, and how it ends =====================================
 
-VERBS = ("run", "issue", "renew", "load", "status")
+VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "revoke": revoke,
+         "account": account_verb}
 
 
 def version() -> str:
@@ -3220,13 +3709,14 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
+    parser.add_argument("--reason", default="unspecified")
     for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
         if field.kind is a_flag:
             parser.add_argument(option, dest=dest, action=argparse.BooleanOptionalAction, default=None)
-        elif not field.local:
+        elif not field.local and field.kind is not Secret:
             parser.add_argument(option, dest=dest, action="append" if field.kind is some_lines else "store")
     return parser
 
@@ -3271,7 +3761,8 @@ def act(settings: Settings, request: Request, world: World) -> int:
         print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
         return found.status
     open_log(settings.run)
-    report = {"issue": issue, "load": rehearse}.get(request.verb, run_once)(settings, request, world)
+    verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
+    report = verb(settings, request, world)
     if report.news:
         log.flush()
     return report.status
@@ -3300,7 +3791,7 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     settings = read_settings(read_source("" if fresh else find_ini(named)), options)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"]))
+                    arguments["staging"], arguments["reason"]))
 
 
 def end(number: int, _: object) -> NoReturn:
