@@ -1,40 +1,2713 @@
-"""Tests of wucme.py, in the order of its sections: `make test`, or a part: `make test ARGS="-k load"`.
+"""Tests of wucme.py: its sections one by one, then whole runs. `make test`, or a part: `make test ARGS="-k load"`.
 
-The first part needs nothing but Python, cryptography, pytest and hypothesis. What is marked `pebble` needs that
-test CA, what is marked `servers` needs nginx and apache2 from Debian; `.ci/setup` gets the first, `.ci/run` both.
+The first part needs nothing but Python, cryptography, pytest and hypothesis. What is marked `process` runs the script
+many times, `pebble` needs that test CA, `servers` needs nginx and apache2 from Debian; `.ci/setup` gets pebble,
+`.ci/run` all of it.
 """
 from __future__ import annotations
 
+import ast
+import base64
 import contextlib
+import email.utils
+import gc
 import hashlib
+import http.client
+import ipaddress
 import itertools
 import json
 import os
 import pty
 import re
+import select
 import shlex
 import signal
 import socket
 import ssl
 import stat
 import subprocess
+import symtable
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fakeca
 import pytest
 import testbed
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
+from cryptography.x509.oid import NameOID
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import wucme
 
 SCRIPT = Path(wucme.__file__).resolve()
+
+
+def mode(path: Path) -> int:
+    """The permission bits of a file."""
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def wait_until(true: Callable[[], object], seconds: float = 15) -> None:
+    """Wait for something to become true."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it never became true"
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    return wucme.proc_text(pid, "stat").rpartition(") ")[2][:1] not in ("", "Z")
+
+
+# === Units: the sections of the script, one by one =============================================
+
+DAY = 86400.0
+NOW = 1770942000.0              # 2026-02-13 00:20:00 UTC
+ENVIRONMENT = {"PATH": os.environ["PATH"]}
+bounded = settings(max_examples=60, deadline=None, derandomize=True, database=None,
+                   suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+scalars = st.sampled_from([None, True, 0, -1, 10 ** 30, 0.0, float("inf"), float("nan"), "", "x", "\udc80"])
+json_values = (scalars | st.lists(scalars, max_size=3)
+               | st.dictionaries(st.sampled_from(["x", "value", ""]), scalars, max_size=2))
+
+
+@pytest.fixture
+def in_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Greenwich, for what is shown in local time."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.fixture
+def no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for the disk is for those who lose power, and takes most of the time of these tests."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> wucme.Log:
+    """A log of the test's own."""
+    fresh = wucme.Log()
+    monkeypatch.setattr(wucme, "log", fresh)
+    return fresh
+
+
+def noting(seen: list[Any], call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does what another does, and notes what it was called with."""
+    def noted(*arguments: Any) -> Any:
+        seen.append(arguments[0] if len(arguments) == 1 else arguments)
+        return call(*arguments)
+    return noted
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """A key on P-256."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+@cache
+def rsa_key() -> rsa.RSAPrivateKey:
+    """The one RSA key."""
+    return rsa.generate_private_key(65537, 2048)
+
+
+class Issuer:
+    """A CA of the tests, with or without key identifiers in what it issues."""
+
+    def __init__(self, name: str, by: Issuer | None = None, identifiers: bool = True) -> None:
+        self.key, self.identifiers = new_key(), identifiers
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.pem = (by or self).issue(self.key, subject=self.name, span=(-400 * DAY, 4000 * DAY), authority=True)
+
+    def issue(self, key: Any, *names: str, subject: x509.Name | None = None, authority: bool = False,
+              span: tuple[float, float] = (-DAY, 89 * DAY), now: float = NOW) -> bytes:
+        """A certificate (PEM) for a key and names."""
+        public = key.public_key()
+        start, end = (datetime.fromtimestamp(now + seconds, timezone.utc) for seconds in span)
+        builder = (x509.CertificateBuilder().subject_name(subject or x509.Name([])).issuer_name(self.name)
+                   .public_key(public).serial_number(x509.random_serial_number())
+                   .not_valid_before(start).not_valid_after(end)
+                   .add_extension(x509.BasicConstraints(authority, None), critical=True))
+        if names:
+            general: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if wucme.is_address(name)
+                                               else x509.DNSName(name) for name in names]
+            builder = builder.add_extension(x509.SubjectAlternativeName(general), critical=False)
+        if self.identifiers:
+            own = self.key.public_key()
+            builder = (builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+                       .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(own), critical=False))
+        return builder.sign(self.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    def chain(self, key: Any, *names: str, span: tuple[float, float] = (-DAY, 89 * DAY)) -> bytes:
+        """A leaf and this issuer."""
+        return self.issue(key, *(names or NAMES), span=span) + self.pem
+
+
+NAMES = ("www.example.org", "example.org")
+KEY, OTHER_KEY = new_key(), new_key()
+ROOT = Issuer("root")
+INTERMEDIATE = Issuer("intermediate", ROOT)
+CHAIN = INTERMEDIATE.chain(KEY)
+DEFAULT = wucme.CertificateScope(**wucme.default_values(wucme.CertificateScope))
+
+
+# --- 1. errors ---------------------------------------------------------------------------------
+
+class TestErrors:
+    @pytest.mark.parametrize(("text", "shown"), [
+        ("plain text, é", "plain text, é"),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\x1b[31mred\x00\x7f", r"\x1b[31mred\x00\x7f"),
+        ("\x85\u2028\u202e", r"\x85\u2028\u202e"),
+        ("\udcff", r"\udcff"),
+        ("", ""),
+    ])
+    def test_printable(self, text: str, shown: str) -> None:
+        assert wucme.printable(text) == shown
+
+    @bounded
+    @given(text=st.text(st.characters(), min_size=1, max_size=40))
+    def test_printable_is_one_line_of_text_that_can_be_written(self, text: str) -> None:
+        shown = wucme.printable(text)
+        assert shown.isprintable()
+        assert len(shown.splitlines()) <= 1
+        assert shown.encode()
+
+    @pytest.mark.parametrize(("error", "text"), [
+        (OSError(2, "No such file", "/a\nb"), r"/a\nb: No such file"),
+        (OSError(28, "No space left"), "No space left"),
+        (OSError("odd"), "odd"),
+        (wucme.PemError("holds\nnothing"), r"holds\nnothing"),
+        (KeyError("odd"), "internal error, KeyError: 'odd'"),
+    ])
+    def test_sentence(self, error: Exception, text: str) -> None:
+        assert wucme.sentence(error) == text
+
+    def test_a_refusal_of_the_ca_carries_its_kind_and_when_to_come_back(self) -> None:
+        error = wucme.AcmeError("no", "rateLimited", 30)
+        assert (str(error), error.kind, error.retry_after) == ("no", "rateLimited", 30)
+
+
+# --- 2. world ----------------------------------------------------------------------------------
+
+class TestLog:
+    @pytest.mark.parametrize(("clock", "stamp"), [
+        (NOW, "2026-02-13 10:50:00.00"), (NOW + 0.25, "2026-02-13 10:50:00.25"),
+        (NOW + 0.9999, "2026-02-13 10:50:00.99"), (NOW + 43200, "2026-02-13 22:50:00.00"),
+    ])
+    def test_a_line_has_local_time_with_hundredths(self, log: wucme.Log, monkeypatch: pytest.MonkeyPatch,
+                                                   clock: float, stamp: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", "XYZ-10:30")
+            time.tzset()
+            log.clock = lambda: clock
+            log("said\nthis")
+        time.tzset()
+        assert log.held == [f"{stamp}: said\\nthis\n"]
+
+    def test_held_lines_are_printed_once_and_only_when_flushed(self, log: wucme.Log,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:
+        log("one")
+        log("two")
+        assert not capsys.readouterr().err
+        log.flush()
+        log.flush()
+        assert [line.rpartition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["one", "two"]
+
+    def test_at_a_terminal_a_line_is_shown_at_once_and_not_again(self, log: wucme.Log,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+        log.live = True
+        log("one")
+        assert capsys.readouterr().err.endswith(": one\n")
+        log.flush()
+        assert not capsys.readouterr().err
+
+    def test_details_are_for_verbose_only(self, log: wucme.Log) -> None:
+        log.detail("unheard")
+        log.loud = True
+        log.detail("heard")
+        assert [line.rpartition(": ")[2] for line in log.held] == ["heard\n"]
+
+    @pytest.mark.parametrize("live", [False, True])
+    def test_the_file_has_each_line_at_once(self, log: wucme.Log, tmp_path: Path, live: bool) -> None:
+        log.descriptor, log.live = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), live
+        log("said é \udcff")
+        os.close(log.descriptor)
+        assert (tmp_path / "log").read_text("utf-8").endswith(": said é \\udcff\n")
+
+    def test_a_full_disk_stops_nothing(self, log: wucme.Log) -> None:
+        log.descriptor = os.open("/dev/full", os.O_WRONLY)
+        log("said")
+        os.close(log.descriptor)
+        assert len(log.held) == 1
+
+    def test_a_closed_terminal_stops_nothing(self, log: wucme.Log, monkeypatch: pytest.MonkeyPatch) -> None:
+        with open("/dev/full", "w", encoding="ascii", buffering=1) as full:
+            monkeypatch.setattr(sys, "stderr", full)
+            log.live = True
+            log("said")
+            monkeypatch.undo()
+            with contextlib.suppress(OSError):
+                full.close()
+        assert not log.held
+
+
+def shell(script: str, timeout: float = 5, **more: Any) -> wucme.Finished:
+    """Run a shell script as a load command is run."""
+    return wucme.command(["/bin/sh", "-c", script], ENVIRONMENT, timeout, **more)
+
+
+class TestCommand:
+    @pytest.mark.parametrize(("script", "problem", "output"), [
+        ("true", "", []),
+        ("exit 3", "exit status 3", []),
+        ("kill -TERM $$", "killed by signal 15", []),
+        ("printf 'no newline'", "", ["no newline"]),
+        ("echo out; echo err >&2", "", ["out", "err"]),
+        (r"printf 'a\377\000b\n'", "", ["a\\xff\0b"]),
+        ("pwd", "", ["/"]),
+        ("test $(cut -d' ' -f5 /proc/$$/stat) = $$", "", []),
+    ])
+    def test_ending_and_output(self, script: str, problem: str, output: list[str]) -> None:
+        assert shell(script) == wucme.Finished(problem, output)
+
+    def test_what_cannot_be_run_is_said(self, tmp_path: Path) -> None:
+        assert wucme.command([str(tmp_path / "none")], {}, 5).problem == "cannot be run: No such file or directory"
+        assert wucme.command([str(tmp_path)], {}, 5).problem == "cannot be run: Permission denied"
+
+    @pytest.mark.parametrize("umask", [0o022, 0o027])
+    def test_the_umask_of_the_caller_is_handed_on(self, umask: int) -> None:
+        before = os.umask(0o077)
+        assert shell("umask", umask=umask).output == [f"{umask:04o}"]
+        assert os.umask(before) == 0o077
+
+    def test_the_environment_is_the_one_given(self) -> None:
+        assert wucme.command(["/usr/bin/env"], {"A": "1", "B": "two\nlines"}, 5).output == ["A=1", "B=two", "lines"]
+
+    def test_endless_output_is_bounded_and_never_waits(self) -> None:
+        finished = shell("yes", 0.2)
+        assert finished.problem == "stopped after 0.2 s (load_timeout)"
+        assert sum(len(line) + 1 for line in finished.output) == wucme.OUTPUT_BYTES
+
+    def test_the_time_limit_kills_the_whole_group(self) -> None:
+        finished = shell("sh -c 'sleep 60 & echo $!; wait' & wait", 0.1)
+        assert finished.problem.startswith("stopped after 0.1 s")
+        wait_until(lambda: not alive(int(finished.output[0])), 2)
+
+    def test_a_signal_kills_the_whole_group(self, tmp_path: Path) -> None:
+        before = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(SystemExit):
+            shell(f"sleep 60 & echo $! > {tmp_path}/pid; wait")
+        signal.signal(signal.SIGALRM, before)
+        wait_until(lambda: not alive(int((tmp_path / "pid").read_text())), 2)
+
+    def test_a_daemon_that_keeps_the_pipe_hangs_nothing_and_its_reader_reads_nothing_else(self) -> None:
+        start = time.monotonic()
+        finished = shell("(sleep 0.6; echo late) & echo $!")
+        assert 0.4 < time.monotonic() - start < 0.6
+        assert alive(int(finished.output[0]))
+        pipes = [os.pipe() for _ in range(4)]
+        for _, end in pipes:
+            os.write(end, b"mine")
+        wait_until(lambda: not alive(int(finished.output[0])), 2)
+        time.sleep(0.05)
+        for ours, end in pipes:
+            os.set_blocking(ours, False)
+            assert os.read(ours, 9) == b"mine"
+            os.close(ours)
+            os.close(end)
+
+    def test_the_input_is_empty_whatever_the_callers_is(self) -> None:
+        (start, end), before = os.pipe(), os.dup(0)
+        os.dup2(start, 0)
+        finished = shell("cat; echo $?", 0.5)
+        os.dup2(before, 0)
+        for descriptor in (start, end, before):
+            os.close(descriptor)
+        assert finished == wucme.Finished("", ["0"])
+
+    def test_no_descriptor_is_left_open(self, tmp_path: Path) -> None:
+        before = set(os.listdir("/proc/self/fd"))
+        shell("echo said")
+        wucme.command([str(tmp_path / "none")], {}, 5)
+        assert set(os.listdir("/proc/self/fd")) == before
+
+
+class TestProcesses:
+    def test_processes_finds_a_program_by_name_with_its_arguments(self, tmp_path: Path) -> None:
+        (tmp_path / "wucme (x) y").symlink_to("/bin/sleep")
+        with subprocess.Popen([tmp_path / "wucme (x) y", "60"]) as child:
+            expected = wucme.Process(child.pid, os.getpid(), "wucme (x) y", [str(tmp_path / "wucme (x) y"), "60"])
+            try:
+                wait_until(lambda: wucme.processes(["wucme (x) y"]) == [expected], 2)
+            finally:
+                child.kill()
+
+    def test_processes_leaves_out_the_dead_and_those_of_other_names(self, tmp_path: Path) -> None:
+        (tmp_path / "wucme-dead").symlink_to("/bin/true")
+        with subprocess.Popen([tmp_path / "wucme-dead"]) as child:
+            wait_until(lambda: " Z " in wucme.proc_text(child.pid, "stat"), 2)
+            assert wucme.processes(["wucme-dead"]) == []
+        assert wucme.processes(["wucme-none"]) == []
+
+    @pytest.mark.parametrize("address", ["127.0.0.1", *(["::1"] if socket.has_ipv6 and os.path.exists(
+        "/proc/net/if_inet6") and Path("/proc/net/if_inet6").read_text() else [])])
+    def test_port_holder_names_who_listens(self, address: str) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.create_server((address, 0), family=family) as server:
+            port = server.getsockname()[1]
+            command = Path("/proc/self/comm").read_text().strip()
+            assert wucme.port_holder(port) == f"{command} (pid {os.getpid()})"
+        assert wucme.port_holder(port) == ""
+
+    def test_without_a_terminal_the_answer_is_no(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with open("/dev/null", encoding="ascii") as nothing:
+            monkeypatch.setattr(sys, "stdin", nothing)
+            assert wucme.ask("Really?") is False
+        monkeypatch.setattr(sys, "stdin", None)
+        assert wucme.ask("Really?") is False
+
+
+class Loopback:
+    """A server on loopback: each connection is handed to `talk`, in a thread of its own."""
+
+    def __init__(self, talk: Callable[[socket.socket], None]) -> None:
+        self.talk, self.connections = talk, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.threads = [threading.Thread(target=self.accept)]
+
+    def accept(self) -> None:
+        """Take connections until closed."""
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = self.listener.accept()
+                self.connections += 1
+                self.threads.append(threading.Thread(target=self.serve, args=(peer,)))
+                self.threads[-1].start()
+
+    def serve(self, peer: socket.socket) -> None:
+        """Talk on one connection; its end is no error."""
+        peer.settimeout(5)
+        with peer, contextlib.suppress(OSError):
+            self.talk(peer)
+
+    def __enter__(self) -> Loopback:
+        self.threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join()
+        self.listener.close()
+
+
+def head(peer: socket.socket) -> bytes:
+    """The head of the next request, whose body is read too; b"" where there is none."""
+    with peer.makefile("rb") as stream:
+        found = b"".join(itertools.takewhile(lambda line: line != b"\r\n", stream))
+        stream.read(int((re.findall(rb"(?i)content-length: (\d+)", found) or [b"0"])[0]))
+        return found
+
+
+def answer(body: bytes = b"hello", *headers: str, length: int | None = None) -> bytes:
+    """An HTTP answer."""
+    lines = ["HTTP/1.1 200 OK", f"Content-Length: {len(body) if length is None else length}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Site(NamedTuple):
+    """How to serve HTTPS on loopback, and the file that says whom to trust."""
+    context: ssl.SSLContext
+    ca_file: str
+
+    def talk(self, pieces: Callable[[bytes], Iterable[bytes]], times: int = 9) -> Callable[[socket.socket], None]:
+        """A talk that answers so many requests of each connection, piece by piece."""
+        def talk(peer: socket.socket) -> None:
+            with self.context.wrap_socket(peer, server_side=True) as secure:
+                for request in itertools.takewhile(bool, (head(secure) for _ in range(times))):
+                    for piece in pieces(request):
+                        secure.sendall(piece)
+        return talk
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A site called localhost, with a certificate of a home-made CA."""
+    place, ca, key = tmp_path_factory.mktemp("site"), Issuer("home-made CA"), new_key()
+    (place / "ca.pem").write_bytes(ca.issue(ca.key, subject=ca.name, authority=True, now=time.time()))
+    (place / "site.pem").write_bytes(wucme.key_pem(key) + ca.issue(key, "localhost", now=time.time()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(place / "site.pem")
+    return Site(context, str(place / "ca.pem"))
+
+
+@pytest.fixture
+def web(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., wucme.Http]]:
+    """Makes clients that trust the site and know no proxy, and closes them."""
+    for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "")
+    with contextlib.ExitStack() as stack:
+        def make(timeout: float = 5, ca_file: str = site.ca_file, proxy: str = "") -> wucme.Http:
+            client = wucme.Http(timeout, ca_file, proxy)
+            stack.callback(client.close)
+            return client
+        yield make
+
+
+def plainly(request: bytes) -> list[bytes]:
+    """An answer that says which request it is for."""
+    return [answer(request.split(b"\r\n")[0])]
+
+
+def drip(data: bytes) -> Iterator[bytes]:
+    """The data so slowly that it never ends, each byte well within any time limit for one."""
+    for at in range(len(data)):
+        time.sleep(0.05)
+        yield data[at:at + 1]
+
+
+class TestHttp:
+    def test_one_connection_serves_many_requests(self, site: Site, web: Callable[..., wucme.Http]) -> None:
+        with Loopback(site.talk(plainly)) as server, contextlib.closing(web()) as client:
+            bodies = [client.request("GET", f"https://localhost:{server.port}/{n}?q={n}").body for n in range(3)]
+        assert bodies == [f"GET /{n}?q={n} HTTP/1.1".encode() for n in range(3)]
+        assert server.connections == 1
+
+    @pytest.mark.parametrize("headers", [(), ("Connection: close",)])
+    def test_a_server_that_closes_after_each_answer_is_connected_anew(
+            self, site: Site, web: Callable[..., wucme.Http], headers: tuple[str, ...]) -> None:
+        with Loopback(site.talk(lambda _: [answer(b"hello", *headers)], 1)) as server, contextlib.closing(web()) as it:
+            for _ in range(3):
+                assert it.request("POST", f"https://localhost:{server.port}/", b"").body == b"hello"
+        assert server.connections == 3
+
+    def test_what_is_sent_and_what_comes_back(self, site: Site, web: Callable[..., wucme.Http]) -> None:
+        seen: list[bytes] = []
+        with Loopback(site.talk(noting(seen, lambda _: [answer(b"{}", "X-A: 1")]), 1)) as server:
+            client = web()
+            found = client.request("POST", f"https://localhost:{server.port}", b"body", {"Content-Type": "x/y"})
+            client.close()
+        lines = seen[0].decode().split("\r\n")
+        assert lines[0] == "POST / HTTP/1.1"
+        assert {f"Host: localhost:{server.port}", f"User-Agent: {wucme.USER_AGENT}", "Content-Type: x/y",
+                "Content-Length: 4"} <= set(lines)
+        assert (found.status, found.headers["X-A"], found.body) == (200, "1", b"{}")
+
+    @pytest.mark.parametrize(("pieces", "reason"), [
+        ([answer(b"x" * (wucme.BODY_BYTES + 9))], "an answer of more than 1 MiB"),
+        ([b"HTTP/1.1 200 OK\r\n\r\n", *[b"x" * 65536] * 17], "an answer of more than 1 MiB"),
+        ([answer(b"short", length=9)], "an answer of 5 bytes where 9 were promised"),
+        ([b"SSH-2.0-x\r\n"], "SSH-2.0-x"),
+        ([b""], "closed connection without response"),
+    ])
+    def test_a_bad_answer_is_refused(self, site: Site, web: Callable[..., wucme.Http], pieces: list[bytes],
+                                     reason: str) -> None:
+        with Loopback(site.talk(lambda _: pieces, 1)) as server, contextlib.closing(web()) as client:
+            with pytest.raises(wucme.NetworkError) as caught:
+                client.request("GET", f"https://localhost:{server.port}/")
+            assert not client.kept
+        assert f"localhost:{server.port}: " in str(caught.value)
+        assert reason in str(caught.value)
+        del caught
+        gc.collect()            # its connection, too, and not in the middle of another test
+
+    @pytest.mark.parametrize("where", ["head", "body", "handshake", "proxy"])
+    def test_a_request_ends_in_time_however_slowly_bytes_drip_in(self, site: Site, web: Callable[..., wucme.Http],
+                                                                 where: str) -> None:
+        slow = answer(b"x" * 90) if where == "head" else b"x" * 90
+        first = b"" if where == "head" else answer(length=90, body=b"")
+        talk = site.talk(lambda _: itertools.chain([first], drip(slow)))
+        if where in ("handshake", "proxy"):
+            def talk(peer: socket.socket) -> None:
+                for piece in drip(b"\x16\x03\x03\x20\x00" * 6 if where == "handshake" else b"HTTP/1.1 200 " + b"k" * 9):
+                    peer.sendall(piece)
+        with Loopback(talk) as server:
+            client = web(0.2, proxy=f"localhost:{server.port}" if where == "proxy" else "none")
+            start = time.monotonic()
+            with pytest.raises(wucme.NetworkError, match=r"no whole answer within 0\.2 s"):
+                client.request("GET", f"https://localhost:{server.port}/")
+            assert 0.15 < time.monotonic() - start < 0.8
+
+    def test_an_untrusted_certificate_leads_to_ca_file(self, site: Site, web: Callable[..., wucme.Http]) -> None:
+        with Loopback(site.talk(plainly)) as server, pytest.raises(wucme.NetworkError) as caught:
+            web(ca_file="").request("GET", f"https://localhost:{server.port}/")
+        assert "its certificate is not trusted (" in str(caught.value)
+        assert "set ca_file to" in str(caught.value)
+
+    def test_a_certificate_for_another_name_is_refused(self, site: Site, web: Callable[..., wucme.Http]) -> None:
+        with Loopback(site.talk(plainly)) as server, pytest.raises(wucme.NetworkError, match="not trusted"):
+            web().request("GET", f"https://127.0.0.1:{server.port}/")
+
+    @pytest.mark.parametrize("url", ["http://localhost/", "ftp://localhost/", "https:///x", "localhost", ""])
+    def test_only_https_is_used(self, web: Callable[..., wucme.Http], url: str) -> None:
+        with pytest.raises(wucme.NetworkError, match="only https is used"):
+            web().request("GET", url)
+
+    def test_nobody_listening_is_said(self, web: Callable[..., wucme.Http]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        with pytest.raises(wucme.NetworkError, match=f"localhost:{port}: Connection refused"):
+            web().request("GET", f"https://localhost:{port}/")
+
+    @pytest.mark.parametrize("content", [None, "", "no PEM\n"])
+    def test_a_ca_file_that_cannot_be_used_is_named(self, tmp_path: Path, content: str | None) -> None:
+        if content is not None:
+            (tmp_path / "ca.pem").write_text(content)
+        with pytest.raises(wucme.NetworkError, match=re.escape(f"ca_file {tmp_path}/ca.pem: no PEM file")):
+            wucme.Http(1, f"{tmp_path}/ca.pem")
+
+
+class Proxy:
+    """A proxy that knows only CONNECT, to one port of loopback, and keeps what it was asked."""
+
+    def __init__(self, port: int, refusal: bytes = b"") -> None:
+        self.port, self.refusal = port, refusal
+        self.heads: list[str] = []
+
+    def __call__(self, peer: socket.socket) -> None:
+        self.heads.append(head(peer).decode())
+        if self.refusal:
+            peer.sendall(self.refusal)
+            return
+        peer.sendall(b"HTTP/1.1 200 connected\r\n\r\n")
+        with socket.create_connection(("127.0.0.1", self.port), 5) as inner:
+            while True:
+                for source in select.select([peer, inner], [], [], 5)[0]:
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    (inner if source is peer else peer).sendall(data)
+
+
+class TestProxy:
+    @pytest.mark.parametrize(("user", "header", "by"), [
+        ("", None, "setting"), ("ann:se%3Acret@", "ann:se:cret", "setting"), ("ann@", "ann:", "setting"),
+        ("%C3%A9:x@", "é:x", "environment"),
+    ])
+    def test_by_connect_with_its_password_and_nobody_else_sees_that(
+            self, site: Site, web: Callable[..., wucme.Http], user: str, header: str | None, by: str) -> None:
+        seen: list[bytes] = []
+        with Loopback(site.talk(noting(seen, lambda _: [answer()]))) as server:
+            proxy = Proxy(server.port)
+            with Loopback(proxy) as outer:
+                url = f"http://{user}127.0.0.1:{outer.port}"
+                os.environ["https_proxy"] = url if by == "environment" else "http://127.0.0.1:1"
+                client = web(proxy=url if by == "setting" else "")
+                for _ in range(2):
+                    assert client.request("GET", f"https://localhost:{server.port}/").body == b"hello"
+                client.close()
+        assert len(proxy.heads) == 1
+        assert proxy.heads[0].startswith(f"CONNECT localhost:{server.port} HTTP/1.")
+        found = re.findall(r"(?m)^Proxy-Authorization: Basic (\S+)\r$", proxy.heads[0])
+        assert [base64.b64decode(one).decode() for one in found] == ([header] if header else [])
+        assert not any(b"roxy" in request for request in seen)
+
+    @pytest.mark.parametrize(("proxy", "no_proxy"), [("none", ""), ("", "localhost")])
+    def test_none_and_no_proxy_go_direct(self, site: Site, web: Callable[..., wucme.Http],
+                                         monkeypatch: pytest.MonkeyPatch, proxy: str, no_proxy: str) -> None:
+        monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+        monkeypatch.setenv("no_proxy", no_proxy)
+        with Loopback(site.talk(plainly)) as server, contextlib.closing(web(proxy=proxy)) as client:
+            assert client.request("GET", f"https://localhost:{server.port}/").status == 200
+
+    @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")      # http.client before Python 3.11
+    def test_a_proxy_that_wants_a_password_is_quoted(self, web: Callable[..., wucme.Http]) -> None:
+        refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
+        with Loopback(Proxy(1, refusal)) as outer, pytest.raises(wucme.NetworkError) as caught:
+            web(proxy=f"127.0.0.1:{outer.port}").request("GET", "https://ca.test/")
+        assert str(caught.value).endswith("ca.test: Tunnel connection failed: 407 Proxy Authentication Required")
+        del caught
+        gc.collect()
+
+    @pytest.mark.parametrize("proxy", ["https://ann:secret@p.test:3128", "socks5://ann:secret@p.test:1080"])
+    def test_another_kind_of_proxy_is_refused_without_its_password(self, web: Callable[..., wucme.Http],
+                                                                   proxy: str) -> None:
+        with pytest.raises(wucme.NetworkError, match="only http://HOST:PORT can be used") as caught:
+            web(proxy=proxy).request("GET", "https://ca.test/")
+        assert "secret" not in str(caught.value)
+
+
+# --- 3. files ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    """A umask that takes nothing away, so that modes show who set them."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+class TestFiles:
+    @pytest.mark.parametrize("content", [b"", b"text\n\0\xff", b"x" * 70000])
+    def test_read(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "file").write_bytes(content)
+        assert wucme.read(str(tmp_path / "file")) == content
+
+    def test_read_goes_up_to_its_cap(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"12345")
+        assert wucme.read(str(tmp_path / "file"), 5) == b"12345"
+        with pytest.raises(wucme.FileError, match="file: 5 bytes, more than the 4 that are read"):
+            wucme.read(str(tmp_path / "file"), 4)
+
+    @pytest.mark.parametrize(("make", "reason"), [
+        (os.mkfifo, "not a regular file"),
+        (os.mkdir, "not a regular file"),
+        (lambda path: None, "No such file or directory"),
+        (lambda path: os.symlink(path, path), "Too many levels of symbolic links"),
+        (lambda path: os.symlink("/dev/zero", path), "not a regular file"),
+    ])
+    def test_read_refuses_without_waiting(self, tmp_path: Path, make: Callable[[str], None], reason: str) -> None:
+        path = str(tmp_path / "it")
+        make(path)
+        with pytest.raises(wucme.FileError, match=f"^{re.escape(path)}: {reason}$"):
+            wucme.read(path)
+
+    def test_what_may_not_be_read_is_said(self, tmp_path: Path) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(b"secret")
+        path.chmod(0)
+        if os.geteuid():
+            with pytest.raises(wucme.FileError, match="Permission denied"):
+                wucme.read(str(path))
+        else:
+            assert wucme.read(str(path)) == b"secret"
+
+    def test_read_and_create_leave_no_descriptor(self, tmp_path: Path) -> None:
+        before = os.listdir("/proc/self/fd")
+        wucme.create(str(tmp_path / "file"), b"x")
+        for path in (tmp_path / "file", tmp_path, tmp_path / "none"):
+            with contextlib.suppress(wucme.FileError):
+                wucme.read(str(path))
+        assert os.listdir("/proc/self/fd") == before
+
+    def test_a_signature_changes_with_the_file(self, tmp_path: Path) -> None:
+        path = str(tmp_path / "file")
+        assert wucme.signature(path) == ""
+        seen = set()
+        for content, when in ((b"one", 1), (b"one", 2), (b"three", 2)):
+            Path(path).write_bytes(content)
+            os.utime(path, (when, when))
+            seen.add(wucme.signature(path))
+        wucme.create(path, b"three")
+        os.utime(path, (2, 2))
+        assert len(seen | {wucme.signature(path)}) >= 3
+        assert "" not in seen
+
+    def test_create_is_private_from_the_first_byte(self, tmp_path: Path, no_umask: None,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+        path, modes, opener, write = tmp_path / "key", [], os.open, os.write
+
+        def note(descriptor: int) -> int:
+            modes.append((os.fstat(descriptor).st_size, stat.S_IMODE(os.fstat(descriptor).st_mode)))
+            return descriptor
+
+        monkeypatch.setattr(os, "open", lambda *arguments: note(opener(*arguments)))
+        monkeypatch.setattr(os, "write", lambda descriptor, data: write(note(descriptor), data[:3]))
+        wucme.create(str(path), b"secret")
+        assert modes == [(0, 0o600), (0, 0o600), (3, 0o600)]
+        assert (path.read_bytes(), mode(path)) == (b"secret", 0o600)
+
+    @pytest.mark.parametrize("umask", [0, 0o077])
+    def test_create_has_the_mode_asked_for_whatever_the_umask(self, tmp_path: Path, umask: int) -> None:
+        before = os.umask(umask)
+        wucme.create(str(tmp_path / "file"), b"x", wucme.Owner(0o644, -1, -1))
+        os.umask(before)
+        assert mode(tmp_path / "file") == 0o644
+
+    def test_create_makes_a_new_file_in_place_of_a_stale_one(self, tmp_path: Path) -> None:
+        path, other = tmp_path / "file_tmp", tmp_path / "other"
+        other.write_bytes(b"stale, and longer")
+        other.chmod(0o666)
+        os.link(other, path)
+        wucme.create(str(path), b"new")
+        assert (path.read_bytes(), mode(path)) == (b"new", 0o600)
+        assert other.read_bytes() == b"stale, and longer"
+
+    @pytest.mark.parametrize("dangling", [False, True])
+    def test_create_follows_no_planted_link(self, tmp_path: Path, dangling: bool) -> None:
+        path, victim = tmp_path / "file_tmp", tmp_path / "victim"
+        if not dangling:
+            victim.write_bytes(b"precious")
+        path.symlink_to(victim)
+        wucme.create(str(path), b"new")
+        assert not path.is_symlink()
+        assert victim.read_bytes() == b"precious" if victim.exists() else dangling
+
+    def test_create_does_not_follow_a_link_planted_meanwhile(self, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+        path, unlink = tmp_path / "file_tmp", os.unlink
+        path.write_bytes(b"stale")
+
+        def race(name: str) -> None:
+            unlink(name)
+            os.symlink(tmp_path / "victim", name)
+
+        monkeypatch.setattr(os, "unlink", race)
+        with pytest.raises(FileExistsError):
+            wucme.create(str(path), b"new")
+        assert not (tmp_path / "victim").exists()
+
+    @pytest.mark.parametrize(("kept", "user", "group"), [(0o600, 12345, 23456), (0o644, 12345, 0), (0o640, 0, 23456)])
+    def test_replace_keeps_mode_and_owner(self, tmp_path: Path, no_umask: None, kept: int, user: int,
+                                          group: int) -> None:
+        path = tmp_path / "file"
+        path.write_bytes(b"old, and longer")
+        path.chmod(kept)
+        theirs = (user, group) if os.geteuid() == 0 else (os.getuid(), os.getgid())
+        os.chown(path, *theirs)
+        wucme.replace(str(path), b"new", 0o606)
+        about = path.stat()
+        assert (path.read_bytes(), mode(path), (about.st_uid, about.st_gid)) == (b"new", kept, theirs)
+        assert os.listdir(tmp_path) == ["file"]
+
+    def test_replace_makes_what_is_not_there_with_the_mode_given(self, tmp_path: Path, no_umask: None) -> None:
+        wucme.replace(str(tmp_path / "private"), b"x")
+        wucme.replace(str(tmp_path / "public"), b"x", 0o644)
+        assert (mode(tmp_path / "private"), mode(tmp_path / "public")) == (0o600, 0o644)
+
+    def test_replace_puts_a_file_where_a_link_was(self, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").write_bytes(b"precious")
+        (tmp_path / "file").symlink_to("elsewhere")
+        wucme.replace(str(tmp_path / "file"), b"new")
+        assert not (tmp_path / "file").is_symlink()
+        assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+
+    def test_file_and_directory_are_flushed_in_this_order(self, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+        events: list[Any] = []
+        monkeypatch.setattr(os, "replace", noting(events, os.replace))
+        monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(os.fstat(descriptor)))
+        path = str(tmp_path / "file")
+        wucme.replace(path, b"four")
+        assert events[1] == (f"{path}_tmp", path)
+        assert (events[0].st_ino, events[0].st_size) == (os.stat(path).st_ino, 4)
+        assert events[2].st_ino == tmp_path.stat().st_ino
+
+    def test_remove_and_link(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(b"x")
+        (tmp_path / "by").write_bytes(b"stale")
+        (tmp_path / "link").write_bytes(b"old")
+        wucme.link("file", str(tmp_path / "link"), str(tmp_path / "by"))
+        assert os.readlink(tmp_path / "link") == "file"
+        for _ in range(2):
+            wucme.remove(str(tmp_path / "link"))
+        assert os.listdir(tmp_path) == ["file"]
+
+    def test_a_backup_is_a_second_link_that_a_rename_leaves_alone(self, tmp_path: Path) -> None:
+        path, target = tmp_path / "file", tmp_path / "file_1"
+        path.write_bytes(b"old")
+        target.write_bytes(b"stale")
+        inode = path.stat().st_ino
+        wucme.back_up(str(path), str(target))
+        wucme.replace(str(path), b"new")
+        assert (target.read_bytes(), target.stat().st_ino, path.read_bytes()) == (b"old", inode, b"new")
+
+    @pytest.mark.parametrize("linked", [False, True])
+    def test_a_backup_is_a_copy_of_a_link_and_where_links_cannot_be(self, tmp_path: Path, linked: bool,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "pair").write_bytes(b"old")
+        (tmp_path / "pair").chmod(0o640)
+        if linked:
+            (tmp_path / "key").symlink_to("pair")
+        else:
+            (tmp_path / "pair").rename(tmp_path / "key")
+            monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+        wucme.back_up(str(tmp_path / "key"), str(tmp_path / "key_1"))
+        (tmp_path / "key").resolve().write_bytes(b"new")
+        assert not (tmp_path / "key_1").is_symlink()
+        assert ((tmp_path / "key_1").read_bytes(), mode(tmp_path / "key_1")) == (b"old", 0o640)
+
+    def test_a_backup_of_a_key_is_private(self, tmp_path: Path) -> None:
+        (tmp_path / "key").write_bytes(wucme.key_pem(KEY))
+        (tmp_path / "key").chmod(0o644)
+        wucme.back_up(str(tmp_path / "key"), str(tmp_path / "key_1"))
+        assert mode(tmp_path / "key_1") == 0o600
+
+    @pytest.mark.parametrize(("bits", "anyone"), [(0o644, False), (0o664, False), (0o646, True), (0o602, True)])
+    def test_anyone_may_write(self, tmp_path: Path, bits: int, anyone: bool) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "file").chmod(bits)
+        assert wucme.anyone_may_write(str(tmp_path / "file")) is anyone
+        assert wucme.anyone_may_write(str(tmp_path / "none")) is False
+
+    def test_directories_can_be_passed_whatever_the_umask(self, tmp_path: Path) -> None:
+        before = os.umask(0o077)
+        wucme.make_directory(str(tmp_path / "a" / "b"))
+        os.umask(before)
+        assert [mode(tmp_path / name) for name in ("a", "a/b")] == [0o755, 0o755]
+
+    def test_a_directory_that_is_there_keeps_its_mode(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o750)
+        wucme.make_directory(str(tmp_path))
+        assert mode(tmp_path) == 0o750
+
+    def test_only_one_has_the_lock(self, tmp_path: Path) -> None:
+        path = str(tmp_path / "lock")
+        first = wucme.take_lock(path)
+        assert first is not None
+        assert wucme.take_lock(path) is None
+        os.close(first)
+        again = wucme.take_lock(path)
+        assert again is not None
+        os.close(again)
+        assert mode(tmp_path / "lock") == 0o600
+
+    def test_the_lock_is_free_when_its_holder_is_killed_though_its_child_lives_on(self, tmp_path: Path) -> None:
+        code = ("import subprocess, sys, time, wucme; wucme.take_lock(sys.argv[1]); null = subprocess.DEVNULL; "
+                "child = subprocess.Popen(['sleep', '5'], stdout=null, stderr=null, close_fds=False); "
+                "print(child.pid, flush=True); time.sleep(5)")
+        with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE,
+                              env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent),
+                                   "PYTHONDONTWRITEBYTECODE": "1"}) as holder:
+            assert holder.stdout
+            child = int(holder.stdout.readline())
+            assert wucme.take_lock(str(tmp_path / "lock")) is None
+            holder.kill()
+        assert alive(child)
+        ours = wucme.take_lock(str(tmp_path / "lock"))
+        os.kill(child, signal.SIGKILL)
+        assert ours is not None
+        os.close(ours)
+
+    def test_a_file_system_without_locks_is_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def flock(*_: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr("fcntl.flock", flock)
+        with pytest.raises(wucme.FileError, match="cannot be locked here \\(Operation not supported\\)"):
+            wucme.take_lock(str(tmp_path / "lock"))
+
+
+# --- 4. pem ------------------------------------------------------------------------------------
+
+def brief(value: object) -> str | None:
+    """What to call a PEM text in the name of a test."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else None
+
+
+class TestKeys:
+    @pytest.mark.parametrize("kind", ["ecdsa-p256", "ecdsa-p384", "rsa-2048"])
+    def test_a_key_goes_to_pem_and_comes_back(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        monkeypatch.setattr(rsa, "generate_private_key", lambda exponent, size: rsa_key())
+        key = wucme.new_key(kind)
+        pem = wucme.key_pem(key)
+        assert pem.startswith(b"-----BEGIN PRIVATE KEY-----\n")
+        again = wucme.parse_key(b"text before\n" + pem)
+        assert wucme.key_kind(again.public_key()) == kind
+        assert wucme.key_hash(again.public_key()) == wucme.key_hash(key.public_key())
+
+    @pytest.mark.parametrize("size", [2048, 3072, 4096])
+    def test_rsa_keys_have_the_size_asked_for(self, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+        asked: list[Any] = []
+        monkeypatch.setattr(rsa, "generate_private_key", noting(asked, lambda *_: None))
+        wucme.new_key(f"rsa-{size}")
+        assert asked == [(65537, size)]
+        assert f"rsa-{size}" in wucme.KEY_KINDS
+
+    def test_a_key_hash_is_the_digest_of_the_public_key_info(self) -> None:
+        der = KEY.public_key().public_bytes(serialization.Encoding.DER,
+                                            serialization.PublicFormat.SubjectPublicKeyInfo)
+        assert wucme.key_hash(KEY.public_key()) == hashlib.sha256(der).hexdigest()
+        assert wucme.key_hash(KEY.public_key()) != wucme.key_hash(OTHER_KEY.public_key())
+
+    def test_the_kind_of_another_key_is_said_in_words(self) -> None:
+        assert "Ed25519PublicKey" in wucme.key_kind(ed25519.Ed25519PrivateKey.generate().public_key())
+
+    @pytest.mark.parametrize("form", [serialization.PrivateFormat.TraditionalOpenSSL,
+                                      serialization.PrivateFormat.PKCS8])
+    @pytest.mark.parametrize("key", [KEY, rsa_key()])
+    def test_keys_of_other_programs_are_read(self, key: Any, form: serialization.PrivateFormat) -> None:
+        pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+        found = wucme.parse_key(CHAIN + pem.replace(b"\n", b"\r\n"))
+        assert wucme.key_hash(found.public_key()) == wucme.key_hash(key.public_key())
+
+    @pytest.mark.parametrize(("key", "reason"), [
+        (b"", "holds no (whole )?private key"),
+        (b"junk", "holds no (whole )?private key"),
+        (CHAIN, "holds no (whole )?private key"),
+        (b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", "holds no (whole )?private key"),
+        (b"-----BEGIN PRIVATE KEY-----\n\xff\n-----END PRIVATE KEY-----\n", "holds no (whole )?private key"),
+        (wucme.key_pem(KEY)[:-40], "holds no (whole )?private key"),
+        (ed25519.Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
+         "a private key of a kind that CAs do not take"),
+        *[(KEY.private_bytes(serialization.Encoding.PEM, form, serialization.BestAvailableEncryption(b"x")),
+           "the private key is encrypted; wucme needs it in the clear")
+          for form in (serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL)],
+    ], ids=brief)
+    def test_what_is_no_key_is_refused(self, key: bytes, reason: str) -> None:
+        with pytest.raises(wucme.PemError, match=f"^{reason}"):
+            wucme.parse_key(key)
+
+    @pytest.mark.parametrize("names", [("a.example",), ("*.a.example", "b.example"),
+                                       ("192.0.2.1", "2001:db8::1", "c.d")])
+    @pytest.mark.parametrize("key", [KEY, rsa_key()])
+    def test_a_request_has_exactly_the_names_and_no_subject(self, key: Any, names: tuple[str, ...]) -> None:
+        request = x509.load_der_x509_csr(wucme.signing_request(key, names))
+        assert list(request.subject) == []
+        assert request.is_signature_valid
+        assert [one.oid for one in request.extensions] == [x509.SubjectAlternativeName.oid]
+        found = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert [str(one.value) for one in found] == list(names)
+        assert wucme.key_hash(request.public_key()) == wucme.key_hash(key.public_key())
+
+
+class TestChains:
+    def test_facts(self) -> None:
+        pem = INTERMEDIATE.issue(KEY, "WWW.example.org", "192.0.2.1", span=(-100.0, 200.0))
+        leaf = x509.load_pem_x509_certificate(pem)
+        found = wucme.facts(b"text\n" + pem + CHAIN)
+        assert found == wucme.Facts(
+            ("www.example.org", "192.0.2.1"), NOW - 100, NOW + 200, "CN=intermediate", f"{leaf.serial_number:x}",
+            hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest(),
+            wucme.key_hash(KEY.public_key()), "ecdsa-p256", wucme.certificate_id(leaf))
+
+    def test_a_certificate_without_names_has_none(self) -> None:
+        assert wucme.facts(ROOT.pem).names == ()
+
+    @pytest.mark.parametrize("pem", [
+        b"", b"junk", wucme.key_pem(KEY), CHAIN[:200], CHAIN.replace(b"MII", b"MI!"),
+        b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        b"-----BEGIN CERTIFICATE-----\n\xff\n-----END CERTIFICATE-----\n",
+    ], ids=brief)
+    def test_facts_of_what_is_no_certificate(self, pem: bytes) -> None:
+        with pytest.raises(wucme.PemError, match=r"^(holds no certificate|not a certificate: )"):
+            wucme.facts(pem)
+
+    def test_blocks_are_cut_out_of_any_text_with_plain_line_ends(self) -> None:
+        text = b"Bag Attributes\r\n" + (wucme.key_pem(KEY) + CHAIN).replace(b"\n", b"\r\n") + b"end"
+        assert b"".join(wucme.certificates(text)) == CHAIN
+        assert len(wucme.certificates(text)) == 2
+        assert wucme.private_key(text) == wucme.key_pem(KEY)
+        assert wucme.private_key(CHAIN) == b""
+
+    @bounded
+    @given(data=st.lists(st.binary(max_size=9) | st.sampled_from([
+        b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----", b"-----BEGIN EC PRIVATE KEY-----", b"\n", b"\r\n",
+        b"-----END EC PRIVATE KEY-----", b"-----BEGIN ", b"-----", b"AAAA", CHAIN]), max_size=12).map(b"".join))
+    def test_no_bytes_upset_the_cutting_of_blocks(self, data: bytes) -> None:
+        for found in wucme.certificates(data):
+            assert found.startswith(b"-----BEGIN CERTIFICATE-----\n")
+            assert found.endswith(b"-----END CERTIFICATE-----\n")
+        with contextlib.suppress(wucme.PemError):
+            assert wucme.facts(data).kind
+        with contextlib.suppress(wucme.PemError):
+            wucme.check_chain(data, KEY, NAMES, NOW)
+
+    @pytest.mark.parametrize(("seconds", "text"), [
+        (1773406331, "Mar 13 12:52:11 2026 GMT"), (0, "Jan 01 00:00:00 1970 GMT"),
+        (253402300799, "Dec 31 23:59:59 9999 GMT"), (1e30, f"{1e30:.0f} s after 1970"),
+    ])
+    def test_gmt(self, seconds: float, text: str) -> None:
+        assert wucme.gmt(seconds) == text
+
+
+class TestHostName:
+    @pytest.mark.parametrize(("text", "name"), [
+        ("example.org", "example.org"),
+        (" WWW.Example.ORG. ", "www.example.org"),
+        ("*.example.org", "*.example.org"),
+        ("bücher.example", "xn--bcher-kva.example"),
+        ("*.BÜCHER.example", "*.xn--bcher-kva.example"),
+        ("xn--bcher-kva.example", "xn--bcher-kva.example"),
+        ("_dmarc.a_b.example", "_dmarc.a_b.example"),
+        ("localhost", "localhost"),
+        ("1.example", "1.example"),
+        ("a" * 63 + ".example", "a" * 63 + ".example"),
+        (".".join(["a" * 49] * 5) + ".abc", ".".join(["a" * 49] * 5) + ".abc"),
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:DB8:0:0::1", "2001:db8::1"),
+        ("[2001:db8::1]", "2001:db8::1"),
+        ("::1", "::1"),
+    ])
+    def test_what_is_one(self, text: str, name: str) -> None:
+        assert wucme.host_name(text) == name
+        assert wucme.is_address(name) is (":" in name or name[-1].isdigit())
+
+    @pytest.mark.parametrize("text", [
+        "", ".", "..", " ", "a..example", ".example.org", "*", "*.", "*.*.example.org", "www.*.example.org",
+        "w*.example.org",
+        "-a.example", "a-.example", "a.example/x", "a.example:443", "https://a.example", "a b", "a\nb", "a;b", "a'b",
+        "../x", "a" * 64 + ".example", "ü" * 64 + ".example", ".".join(["a" * 50] * 5) + ".abc", "192.0.2",
+        "192.0.2.256", "1.2.3.4.5", "1", "2001:db8::g", "2001:db8::1/64", "[::1]:80",
+        "fe80::1%eth0", "fe80::1%/../x", "::1%\nx",
+    ])
+    def test_what_is_none(self, text: str) -> None:
+        with pytest.raises(ValueError, match=r".") as caught:
+            wucme.host_name(text)
+        assert not isinstance(caught.value, wucme.WucmeError)
+
+    @bounded
+    @given(text=st.text(st.sampled_from("aZ09-_.*:[]%/\\ \n\0;$'\"üß。١²ǅ\u200d"), max_size=12)
+           | st.from_regex(r"\A[0-9a-f]{0,4}::[0-9a-f]{0,4}%?[a-z/.\n]{0,3}\Z") | st.text(max_size=80))
+    def test_an_accepted_name_is_safe_everywhere_and_stays_as_it_is(self, text: str) -> None:
+        try:
+            name = wucme.host_name(text)
+        except ValueError:
+            return
+        assert re.fullmatch(r"(\*\.)?[a-z0-9_.-]+|[0-9a-f:.]+", name)
+        assert wucme.host_name(name) == name
+        assert 0 < len(name) <= 253
+
+
+def many(count: int) -> bytes:
+    """A chain of so many certificates, each issued by the next."""
+    issuers = [ROOT]
+    for number in range(count - 1):
+        issuers.append(Issuer(f"number {number}", issuers[-1]))
+    return issuers[-1].issue(KEY, *NAMES) + b"".join(issuer.pem for issuer in reversed(issuers[1:]))
+
+
+class TestCheckChain:
+    @pytest.mark.parametrize(("chain", "extra"), [
+        (CHAIN, []),
+        (CHAIN + ROOT.pem, []),
+        (INTERMEDIATE.issue(KEY, *NAMES), []),
+        (CHAIN.replace(b"\n", b"\r\n"), []),
+        (b"subject=\n" + CHAIN + b"\ntext without a newline", []),
+        (INTERMEDIATE.chain(KEY, *NAMES, "b.example.org", "a.example.org"), ["a.example.org", "b.example.org"]),
+        (INTERMEDIATE.chain(KEY, "EXAMPLE.org", "www.example.org"), []),
+        (INTERMEDIATE.chain(KEY, span=(200, DAY)), []),
+        (many(wucme.CHAIN_LENGTH), []),
+    ], ids=brief)
+    def test_a_good_chain_and_the_names_that_it_has_more(self, chain: bytes, extra: list[str]) -> None:
+        assert wucme.check_chain(chain, KEY, NAMES, NOW) == extra
+
+    @pytest.mark.parametrize(("chain", "reason"), [
+        (b"", "sent no certificate"),
+        (b"junk", "sent no certificate"),
+        (INTERMEDIATE.chain(OTHER_KEY), "for another key"),
+        (INTERMEDIATE.chain(KEY, "example.org"), "lacks www.example.org"),
+        (INTERMEDIATE.issue(KEY), "lacks example.org, www.example.org"),
+        (INTERMEDIATE.chain(KEY, span=(-DAY, 0)), "not valid now .*is the clock of this host right"),
+        (INTERMEDIATE.chain(KEY, span=(301, DAY)), "not valid now"),
+        (INTERMEDIATE.pem + INTERMEDIATE.issue(KEY, *NAMES), "is a CA's"),
+        (CHAIN + CHAIN, "certificate 2 of the chain that the CA sent was not issued by the next"),
+        (INTERMEDIATE.issue(KEY, *NAMES) + ROOT.pem, "certificate 1 of the chain that the CA sent was not issued by"),
+        (CHAIN + wucme.key_pem(KEY), "more than certificates \\(PRIVATE KEY\\)"),
+        (wucme.key_pem(OTHER_KEY) + CHAIN, "more than certificates"),
+        (CHAIN + b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "not a certificate"),
+        (many(wucme.CHAIN_LENGTH + 1), f"a chain of {wucme.CHAIN_LENGTH + 1} certificates"),
+    ], ids=brief)
+    def test_a_bad_chain_is_refused(self, chain: bytes, reason: str) -> None:
+        with pytest.raises(wucme.PemError, match=reason):
+            wucme.check_chain(chain, KEY, NAMES, NOW)
+
+    @pytest.mark.parametrize("value", [b"junk", bytes.fromhex("3004a3023000")])
+    @pytest.mark.parametrize("oid", [x509.SubjectAlternativeName.oid, x509.AuthorityKeyIdentifier.oid,
+                                     x509.BasicConstraints.oid])
+    def test_an_extension_that_cannot_be_read_is_a_refusal(self, oid: x509.ObjectIdentifier, value: bytes) -> None:
+        start, end = (datetime.fromtimestamp(NOW + seconds, timezone.utc) for seconds in (-DAY, DAY))
+        builder = (x509.CertificateBuilder().subject_name(x509.Name([])).issuer_name(INTERMEDIATE.name)
+                   .public_key(KEY.public_key()).serial_number(1).not_valid_before(start).not_valid_after(end)
+                   .add_extension(x509.UnrecognizedExtension(oid, value), critical=False))
+        leaf = builder.sign(INTERMEDIATE.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        with contextlib.suppress(wucme.PemError):
+            assert wucme.facts(leaf).names == ()
+        with pytest.raises(wucme.PemError):
+            wucme.check_chain(leaf + INTERMEDIATE.pem, KEY, [], NOW)
+
+    @pytest.mark.parametrize("identifiers", [True, False])
+    def test_an_issuer_of_the_right_name_with_another_key_is_refused(self, identifiers: bool) -> None:
+        real = Issuer("intermediate", ROOT, identifiers)
+        imposter = Issuer("intermediate", ROOT, identifiers)
+        leaf = real.issue(KEY, *NAMES)
+        assert wucme.check_chain(leaf + real.pem, KEY, NAMES, NOW) == []
+        with pytest.raises(wucme.PemError, match=r"certificate 1 .* was not issued by the next"):
+            wucme.check_chain(leaf + imposter.pem, KEY, NAMES, NOW)
+
+    def test_an_issuer_of_another_name_with_the_right_key_is_refused(self) -> None:
+        real, other = Issuer("real", ROOT), Issuer("other", ROOT)
+        renamed = ROOT.issue(real.key, subject=other.name, authority=True)
+        with pytest.raises(wucme.PemError, match="was not issued by the next"):
+            wucme.check_chain(real.issue(KEY, *NAMES) + renamed, KEY, NAMES, NOW)
+
+    def test_key_identifiers_alone_tell_issuers_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        imposter = x509.load_pem_x509_certificate(Issuer("intermediate", ROOT).pem)
+        leaf = x509.load_pem_x509_certificate(CHAIN)
+        monkeypatch.setattr(imposter.public_key().__class__, "verify", lambda *_: None, raising=False)
+        assert not wucme.issued_by(leaf, imposter)
+
+    def test_a_chain_signed_with_rsa_is_verified(self) -> None:
+        issuer, other = Issuer("r", ROOT), Issuer("r", ROOT)
+        for one, key in ((issuer, rsa_key()), (other, rsa_key())):
+            one.key = key  # type: ignore[assignment]
+            one.pem = ROOT.issue(key, subject=one.name, authority=True)
+        leaf = issuer.issue(KEY, *NAMES)
+        assert wucme.check_chain(leaf + issuer.pem, KEY, NAMES, NOW) == []
+        forged = x509.load_pem_x509_certificate(leaf)
+        class Forged:
+            def __getattr__(self, name: str) -> Any:
+                return b"0" * 256 if name == "signature" else getattr(forged, name)
+        assert not wucme.issued_by(Forged(), x509.load_pem_x509_certificate(issuer.pem))  # type: ignore[arg-type]
+
+
+# --- 5. settings -------------------------------------------------------------------------------
+
+def read_text(text: str, **options: str) -> wucme.Settings:
+    """The settings of an ini called w.ini."""
+    return wucme.read_settings(wucme.Source("w.ini", text), options)
+
+
+def refusal(text: str, **options: str) -> str:
+    """Why an ini is refused."""
+    with pytest.raises(wucme.SettingsError) as caught:
+        read_text(text, **options)
+    return str(caught.value)
+
+
+def same_settings(one: wucme.Settings, other: wucme.Settings) -> bool:
+    """Whether two inis mean the same."""
+    return one._replace(source=other.source, lists={}) == other._replace(lists={})
+
+
+class TestSettings:
+    @pytest.mark.parametrize("name", [name for name, field in wucme.SETTINGS.items() if not field.local])
+    def test_every_default_is_a_text_that_gives_the_value_of_no_ini(self, name: str) -> None:
+        scope = next(scope for scope in wucme.SCOPES if name in scope._field_defaults)
+        written, plain = read_text(f"[wucme]\n{name} = {wucme.SETTINGS[name].default}\n"), read_text("")
+        place = {"RunScope": "run", "CertificateScope": "default", "ServerScope": "other_server"}[scope.__name__]
+        assert getattr(written, place) == getattr(plain, place)
+        assert wucme.SETTINGS[name].help
+
+    def test_the_defaults_of_the_design(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        found = read_text("")
+        assert found.run._replace(host="") == wucme.RunScope(
+            directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, lock_wait=600, timeout=20,
+            deadline=120, host="")
+        assert found.run.host == os.uname().nodename
+        assert found.default == wucme.CertificateScope(
+            server=("letsencrypt",), names=(), key="ecdsa-p256", rotate=False, renew=wucme.Renewal(auto=True),
+            listen=(("", 80),), load=(), load_timeout=300, profile="", chain="")
+        assert found.other_server == wucme.ServerScope(
+            url="", ca_file="", proxy="", contact=(), agree=False, eab_kid="", eab_hmac=wucme.Secret(""),
+            eab_hmac_file="", eab_alg="HS256", profile="", chain="")
+
+    def test_an_ordinary_user_has_a_directory_at_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 1000)
+        monkeypatch.setenv("HOME", "/home/ann")
+        found = read_text("").run
+        assert (found.directory, found.log) == ("/home/ann/.wucme", "/home/ann/.wucme/wucme.log")
+
+    def test_the_example_is_all_comments_and_uncommented_means_the_defaults(self) -> None:
+        text = wucme.example_ini()
+        assert all(line.startswith(("#", "[wucme]")) or not line for line in text.splitlines())
+        general, _, certificate = text.partition("# [www.example.org]")
+        shown = re.findall(r"(?m)^# (\w+) =(?: .*)?$", general)
+        assert sorted(shown) == sorted(name for name, field in wucme.SETTINGS.items() if not field.local)
+        assert same_settings(read_text(re.sub(r"(?m)^# (\w+ =.*)$", r"\1", general)), read_text(""))
+        tail = read_text("[www.example.org]" + re.sub(r"(?m)^# (?!---)", "", certificate))
+        section = tail.sections["www.example.org"]
+        assert wucme.find_server(tail, "home")[1].url
+        assert section.values.names == ("www.example.org", "example.org")
+        assert [wucme.parse_item(item).text[0] for item in section.values.load] == ["+", "@"]
+
+    @pytest.mark.parametrize(("key", "text", "value"), [
+        ("directory", "/srv/x", "/srv/x"), ("directory", "/srv/../x/", "/x"), ("log", "/var/log/w", "/var/log/w"),
+        ("backups", "0", 0), ("backups", "12", 12), ("workers", "1", 1),
+        ("lock_wait", "0s", 0), ("lock_wait", "90s", 90), ("timeout", "2m", 120), ("deadline", "1h", 3600),
+        ("load_timeout", "1d", 86400), ("host", "node-1.example_x", "node-1.example_x"),
+        ("server", "letsencrypt letsencrypt-staging", ("letsencrypt", "letsencrypt-staging")),
+        ("server", "https://ca.test/dir", ("https://ca.test/dir",)),
+        ("key", "ecdsa-p384", "ecdsa-p384"), ("key", "rsa-4096", "rsa-4096"),
+        ("rotate", "yes", True), ("rotate", "No", False), ("agree", "YES", True),
+        ("renew", "never", wucme.Renewal()), ("renew", "auto", wucme.Renewal(auto=True)),
+        ("renew", "30", wucme.Renewal(seconds=30 * DAY)), ("renew", "30d", wucme.Renewal(seconds=30 * DAY)),
+        ("renew", "12h", wucme.Renewal(seconds=43200)), ("renew", "25%", wucme.Renewal(share=0.25)),
+        ("listen", "none", ()), ("listen", "", ()), ("listen", ":8080", (("", 8080),)),
+        ("listen", "127.0.0.1:80 [::1]:81", (("127.0.0.1", 80), ("::1", 81))),
+        ("contact", "a@example.org b@example.org", ("a@example.org", "b@example.org")),
+        ("proxy", "http://a:%25$x@p:3128", "http://a:%25$x@p:3128"), ("ca_file", "/a/%d/$HOME", "/a/%d/$HOME"),
+        ("load", "$ echo %(x)s $HOME ${A} %%", ("$ echo %(x)s $HOME ${A} %%",)),
+        ("load", "$ date # no comment; this", ("$ date # no comment; this",)),
+        ("load", "\n  +nginx\n# a comment\n\n  ; another\n  $ a = b", ("+nginx", "$ a = b")),
+    ])
+    def test_a_good_value(self, key: str, text: str, value: object) -> None:
+        found = read_text(f"[wucme]\n{key} = {text}\n")
+        for scope in (found.run, found.default, found.other_server):
+            if hasattr(scope, key):
+                assert getattr(scope, key) == value
+
+    @pytest.mark.parametrize(("key", "text", "reason"), [
+        ("backups", "", "whole number"), ("backups", "-1", "whole number"), ("backups", "3.5", "whole number"),
+        ("backups", "²", ""), ("workers", "many", "whole number"), ("workers", "0", ""),
+        ("lock_wait", "10", "must be a duration such as"), ("timeout", "1.5h", "duration"),
+        ("deadline", "2 m", "duration"), ("timeout", "5M", "duration"), ("timeout", "", "duration"),
+        ("host", "a/b", "letters, digits"), ("host", "../x", "letters, digits"), ("host", "-a", "letters, digits"),
+        ("key", "rsa", "must be one of ecdsa-p256, "), ("key", "ECDSA-P256", "must be one of"),
+        ("rotate", "true", "must be yes or no"), ("agree", "", "must be yes or no"),
+        ("renew", "0%", "must be auto, never"), ("renew", "100%", "must be auto"), ("renew", "", "must be auto"),
+        ("renew", "-3", "must be auto"), ("renew", "30 days", "must be auto"), ("renew", "9" * 309, ""),
+        ("listen", "80", "must be :PORT"), ("listen", ":0", "must be :PORT"), ("listen", ":65536", "must be :PORT"),
+        ("listen", "a:http", "must be :PORT"), ("listen", ":²", ""),
+        ("server", "", ""), ("server", "letsencript", "no such CA; did you mean letsencrypt?"),
+        ("server", "http://ca.test/", "must be an https:// URL"),
+        ("backups", "3 # three", "a comment needs a line of its own"),
+        ("contact", "a@b.example ; mine", "a comment needs a line of its own"),
+    ])
+    def test_a_bad_value_is_refused_with_file_line_and_what_it_must_be(self, key: str, text: str, reason: str) -> None:
+        told = refusal(f"[wucme]\n# comment\n{key} = {text}\n")
+        assert told.startswith(f"w.ini:3: {key} = {text}".rstrip())
+        assert reason in told
+
+    @pytest.mark.parametrize(("text", "line", "reason"), [
+        ("[wucme]\nrenwe = 30d", 2, "unknown setting 'renwe'; did you mean renew?"),
+        ("[wucme]\n\ndirectroy = /x", 3, "did you mean directory?"),
+        ("[wucme]\nload_timout = 5m", 2, "did you mean load_timeout?"),
+        ("[wucme]\nzzz = 1", 2, "unknown setting 'zzz'."),
+        ("[a.example]\nlisen = :1", 2, "did you mean listen?"),
+        ("[wucme]\nkey = rsa-2048\nKEY = rsa-2048", 3, "key stands twice in [wucme]"),
+        ("[wucme]\n[a.example]\n[wucme]\n", 3, "[wucme] stands twice"),
+        ("\n key = rsa-2048\n[wucme]", 2, "'key = rsa-2048' stands before any section; begin with [wucme]"),
+        ("[wucme]\nagree", 2, "is neither KEY = VALUE nor a section"),
+        ("[wucme]\nagree: yes", 2, "is neither KEY = VALUE nor a section"),
+        ("[wucme]\nload =\n  +nginx\n  renew = 30d\n", 4, "'renew = 30d' is indented and so belongs to load; move it"),
+        ("[wucme]\nload = +nginx\n  Renew=30d\n", 3, "is indented and so belongs to load"),
+        ("[wucme]\nkey = rsa-2048\n  renew = 30d\n", 3, "'renew = 30d' is indented and so belongs to key"),
+        ("[wucme]\n[a.example]\nkey = rsa-2048\n  renew = 30d\n", 4, "is indented and so belongs to key"),
+        ("[wucem]\nagree = yes", 1, "[wucem] is no host name and has no names = ...; did you mean wucme?"),
+        ("[nothing like it]", 1, "is no host name"),
+        ("[a.example]\nca_file = /x", 2, "ca_file belongs into [server NAME], not into [a.example]"),
+        ("[a.example]\nbackups = 1", 2, "backups belongs into [wucme], not into [a.example]"),
+        ("[server x]\nrenew = 1", 2, "renew belongs into [NAME], not into [server x]"),
+        ("[wucme]\nnames = a.example", 2, "names belongs into [NAME], not into [wucme]"),
+        ("[wucme]\n\nurl = https://ca.test/d", 3, "url belongs into [server NAME], not into [wucme]"),
+        ("[server x]\nulr = https://x", 2, "unknown setting 'ulr'; did you mean url?"),
+        ("[server x]\nurl = http://x", 2, "must be an https:// URL"),
+        ("[server x]\nproxy = none\n[wucme]\nserver = x", 1, "[server x] needs a url"),
+        ("[wucme]\n[a.example]\nserver = nowhere", 3, "no such CA"),
+        ("[account]\nnames = a.example", 1, "cannot be a file name"),
+        ("[account_x.example]", 1, "cannot be a file name"),
+        ("[Account]\nnames = a.example", 1, "cannot be a file name"),
+        ("[../a]\nnames = a.example", 1, "cannot be a file name"),
+        ("[a/b.example]\nnames = a.example", 1, "cannot be a file name"),
+        ("[a b.example]", 1, "cannot be a file name"),
+        ("[a.example]\nnames = ..", 2, "'..' is neither a host name nor an IP address"),
+        ("[a.example]\n[A.Example]", 2, "[A.Example] names the same certificate as [a.example]"),
+        ("[*.a.example]\n[_.a.example]", 2, "names the same certificate as [*.a.example]"),
+    ])
+    def test_a_mistake_is_told_with_file_and_line(self, text: str, line: int, reason: str) -> None:
+        told = refusal(text)
+        assert told.startswith(f"w.ini:{line}: ")
+        assert reason in told
+
+    def test_options_stand_over_the_section_over_the_common_part_over_the_defaults(self) -> None:
+        text = "[wucme]\nkey = rsa-2048\nrenew = 5\nbackups = 1\n[a.example]\nrenew = 6\nkey = rsa-3072\n[b.example]\n"
+        found = read_text(text, key="rsa-4096", backups="2")
+        a, b = found.sections["a.example"], found.sections["b.example"]
+        assert (found.run.backups, found.run.workers) == (2, 4)
+        assert [one.key for one in (found.default, a.values, b.values)] == ["rsa-4096"] * 3
+        assert [one.renew.seconds for one in (found.default, a.values, b.values)] == [5 * DAY, 6 * DAY, 5 * DAY]
+        assert read_text(text).sections["a.example"].values.key == "rsa-3072"
+        assert [sorted(one.own) for one in (a, b)] == [["key", "names", "renew"], ["key", "names"]]
+
+    def test_a_section_is_named_by_its_title_or_has_names(self) -> None:
+        found = read_text("[WWW.Example.org]\n[mail]\nnames = a.example B.example a.example\n[*.c.example]\n"
+                          "[2001:db8::1]")
+        assert {label: one.values.names for label, one in found.sections.items()} == {
+            "www.example.org": ("www.example.org",), "mail": ("a.example", "b.example"),
+            "_.c.example": ("*.c.example",), "2001-db8--1": ("2001:db8::1",)}
+        assert found.sections["www.example.org"].title == "WWW.Example.org"
+
+    def test_several_servers(self) -> None:
+        found = read_text("[wucme]\nserver = one letsencrypt https://three.test:9/d\nproxy = p:1\nca_file = /common\n"
+                          "[server one]\nurl = https://one.test/d\nca_file = /one\n[server letsencrypt]\nproxy = none")
+        one, two, three = (wucme.find_server(found, word) for word in found.default.server)
+        assert (one[0], one[1].url, one[1].ca_file, one[1].proxy) == ("one", "https://one.test/d", "/one", "p:1")
+        assert (two[1].url, two[1].ca_file, two[1].proxy) == (wucme.KNOWN_SERVERS["letsencrypt"], "/common", "none")
+        assert (three[0], three[1].url) == ("three.test-9", "https://three.test:9/d")
+
+    def test_options_stand_over_a_section_of_a_server(self) -> None:
+        found = read_text("[server one]\nurl = https://one.test/d\nca_file = /one", ca_file="/option", server="one")
+        assert wucme.find_server(found, "one")[1] [:5] == ("https://one.test/d", "/option", "", (), False)
+
+    def test_a_bad_option_is_refused_without_a_line(self) -> None:
+        assert refusal("", renew="soon").startswith("the command line: renew = soon: must be auto")
+
+    def test_each_item_of_a_list_is_found_again_in_the_file(self) -> None:
+        found = read_text("[wucme]\nload = +nginx\n  $ a\n[a.example]\nload =\n\n # c\n  $ a\n  $ b")
+        where = {item: found.source.where(found.lists[item], "load", item) for item in found.lists}
+        assert where["+nginx"] == "w.ini:2"
+        assert where["$ b"] == "w.ini:9"
+        assert where["$ a"] in ("w.ini:3", "w.ini:8")
+
+    @bounded
+    @given(lines=st.lists(st.sampled_from(
+        ["[wucme]", "[a.example]", "[server x]", "[server ]", "[]", "[", "[a", "names = a.b", "names = ", "load =",
+         "  +x", "  key = x", "key = rsa-2048", "renew = 1%", "server = x https://", "url = https://x", "= x", "\0",
+         "\ufeff",
+         "x", " ", "#", "\x0c", "\x85[wucme]", "listen = :1 ", "host = ²", "backups = " + "9" * 5000, "%(x)s = $"])
+        | st.text(max_size=20), max_size=8))
+    def test_any_text_is_settings_or_refused(self, lines: list[str]) -> None:
+        with contextlib.suppress(wucme.SettingsError):
+            assert read_text("\n".join(lines)).run.directory
+
+
+class TestIniFile:
+    @pytest.mark.parametrize(("bits", "user", "fine"), [(0o644, 0, True), (0o646, 0, False), (0o646, 1000, True)])
+    def test_an_ini_that_anyone_may_write_is_refused_as_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             bits: int, user: int, fine: bool) -> None:
+        path = tmp_path / "w.ini"
+        path.write_text("[wucme]\n")
+        path.chmod(bits)
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        if fine:
+            assert wucme.read_source(str(path)).text == "[wucme]\n"
+        else:
+            with pytest.raises(wucme.SettingsError, match="anyone may write this file"):
+                wucme.read_source(str(path))
+
+    def test_byte_order_mark_and_crlf_are_accepted(self, tmp_path: Path) -> None:
+        path = tmp_path / "w.ini"
+        path.write_bytes("\ufeff[wucme]\r\nkey = rsa-2048\r\nload =\r\n  +nginx\r\n  $ é\r\n".encode())
+        found = wucme.read_settings(wucme.read_source(str(path)), {})
+        assert (found.default.key, found.default.load) == ("rsa-2048", ("+nginx", "$ é"))
+
+    @pytest.mark.parametrize(("content", "reason"), [(b"[wucme]\n# \xff", "not UTF-8 text .* at byte 10"),
+                                                     (b"#" * (1 << 21), "more than the 1048576 that are read")],
+                             ids=brief)
+    def test_what_is_no_text_is_refused(self, tmp_path: Path, content: bytes, reason: str) -> None:
+        (tmp_path / "w.ini").write_bytes(content)
+        with pytest.raises(wucme.SettingsError, match=rf"^{re.escape(str(tmp_path))}/w\.ini: .*{reason}"):
+            wucme.read_source(str(tmp_path / "w.ini"))
+
+    def test_no_ini_at_all_is_fine(self) -> None:
+        assert wucme.read_source("") == wucme.Source("", "")
+
+    def test_the_ini_is_looked_for_in_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        named, beside, home = (str(tmp_path / place / "wucme.ini") for place in ("named", "beside", "home/.wucme"))
+        system, there = "/etc/wucme/wucme.ini", {named, beside, home, "/etc/wucme/wucme.ini"}
+        monkeypatch.setattr(wucme, "__file__", str(tmp_path / "beside" / "wucme.py"))
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(os.path, "exists", lambda path: path in there)
+        assert wucme.find_ini(named) == named
+        for expected in (beside, system, home):
+            assert wucme.find_ini("") == expected
+            there.remove(expected)
+        assert wucme.find_ini("") == ""
+        with pytest.raises(wucme.SettingsError, match=r"beside/wucme\.ini: there is no such file"):
+            wucme.find_ini(beside)
+
+
+def kept(path: Path, names: Sequence[str], options: Mapping[str, str]) -> tuple[wucme.Settings, list[str]]:
+    """What `issue` works with, and what it says when it has kept the options in the ini."""
+    source = wucme.read_source(str(path) if path.exists() else "")
+    found, label = wucme.declare(wucme.read_settings(source, options), names, options)
+    return found, wucme.keep_options(source, str(path), found.sections[label], options)
+
+
+@pytest.mark.usefixtures("no_power_cuts")
+class TestIssue:
+    def test_declare_adds_a_section_named_by_the_first_name(self) -> None:
+        found, label = wucme.declare(read_text("", key="rsa-2048"), ["*.B.example", "a.example"], {"key": "rsa-2048"})
+        section = found.sections[label]
+        assert (label, section.title, sorted(section.own)) == ("_.b.example", "*.b.example", ["key", "names"])
+        assert section.values == found.default._replace(names=("*.b.example", "a.example"))
+
+    @pytest.mark.parametrize("names", [["a.example"], ["A.example", "b.example"], ["a.example", "b.example"]])
+    def test_declare_leaves_what_the_ini_says(self, names: list[str]) -> None:
+        before = read_text("[a.example]\nnames = b.example a.example\nkey = rsa-2048")
+        assert wucme.declare(before, names, {}) == (before, "a.example")
+
+    @pytest.mark.parametrize(("names", "reason"), [
+        ([], "issue needs the names"), (["a..b"], "'a..b' is neither a host name nor"),
+        (["b.example", "c.example"], r"w.ini:2: \[b.example\] says which names its certificate has \(b.example\)"),
+        (["account"], "account"), (["account_zerossl"], "account"), (["account_a.example"], "account"),
+        (["fe80::1%/../../x"], "neither a host name nor"),
+    ])
+    def test_declare_refuses(self, names: list[str], reason: str) -> None:
+        with pytest.raises(wucme.SettingsError, match=reason):
+            wucme.declare(read_text("\n[b.example]"), names, {})
+
+    def test_options_that_differ_are_kept_in_a_new_ini(self, tmp_path: Path) -> None:
+        path = tmp_path / "etc" / "w.ini"
+        options = {"key": "rsa-2048", "renew": "auto", "load": "+nginx\n$ b", "directory": "/srv/w", "agree": "yes"}
+        before, lines = kept(path, ["a.example", "b.example"], options)
+        assert path.read_text() == ("[wucme]\ndirectory = /srv/w\n\n[a.example]\nnames = a.example b.example\n"
+                                    "key = rsa-2048\nload =\n    +nginx\n    $ b\n")
+        assert lines == [f"for renewals, the options were written to {path}"]
+        again = wucme.read_settings(wucme.read_source(str(path)), {})
+        assert again.sections["a.example"].values == before.sections["a.example"].values
+        assert again.run == before.run
+        assert mode(path) == 0o644
+
+    def test_options_are_added_to_an_ini_that_is_there(self, tmp_path: Path) -> None:
+        path = tmp_path / "w.ini"
+        path.write_text("[wucme]\nkey = rsa-2048")
+        path.chmod(0o600)
+        before, lines = kept(path, ["a.example"], {"key": "ecdsa-p256", "renew": "30", "proxy": "p:1"})
+        assert path.read_text() == ("[wucme]\nkey = rsa-2048\n\n[a.example]\nnames = a.example\nkey = ecdsa-p256\n"
+                                    "renew = 30\n")
+        assert lines[0] == f"for renewals, write into {path} yourself: proxy = p:1"
+        again = wucme.read_settings(wucme.read_source(str(path)), {})
+        assert again.sections["a.example"].values == before.sections["a.example"].values
+        assert mode(path) == 0o600
+
+    def test_options_for_a_section_that_is_there_are_not_kept_but_said(self, tmp_path: Path) -> None:
+        path = tmp_path / "w.ini"
+        path.write_text("[a.example]\n")
+        assert kept(path, ["a.example"], {"key": "rsa-2048"})[1] == [
+            f"[a.example] stands in {path} already; for renewals, change it there"]
+        assert path.read_text() == "[a.example]\n"
+
+    @pytest.mark.parametrize("options", [{}, {"key": "ecdsa-p256", "renew": "auto"}, {"agree": "yes"},
+                                         {"backups": "3"}])
+    def test_options_that_say_the_default_are_not_kept(self, tmp_path: Path, options: dict[str, str]) -> None:
+        assert kept(tmp_path / "w.ini", ["a.example"], options)[1] == []
+        assert not (tmp_path / "w.ini").exists()
+
+    @settings(bounded, max_examples=25)
+    @given(options=st.fixed_dictionaries({}, optional={
+        "load": st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=9).map("$ {}".format),
+                         max_size=3).map("\n".join),
+        "key": st.sampled_from(wucme.KEY_KINDS), "renew": st.sampled_from(["30", "25%", "never", "12h"]),
+        "listen": st.sampled_from([":8080 [::1]:81", "none"]), "rotate": st.sampled_from(["yes", "no"]),
+        "backups": st.sampled_from(["0", "3"]), "proxy": st.sampled_from(["none", "http://a:%25$s@p:1"])}))
+    def test_reading_again_gives_the_same_settings(self, tmp_path: Path, options: dict[str, str]) -> None:
+        wucme.remove(str(tmp_path / "w.ini"))
+        before, lines = kept(tmp_path / "w.ini", ["b.example", "a.example"], options)
+        again = wucme.read_settings(wucme.read_source(str(tmp_path / "w.ini") if lines else ""), {})
+        again, _ = wucme.declare(again, ["b.example", "a.example"], {})
+        assert again.sections["b.example"].values == before.sections["b.example"].values
+        assert (again.run, again.other_server) == (before.run, before.other_server)
+
+
+# --- 6. inventory ------------------------------------------------------------------------------
+
+def put(directory: Path, stem: str, chain: bytes = CHAIN, key: Any = KEY) -> tuple[Path, Path]:
+    """Write a pair."""
+    paths = directory / f"wucme_c_{stem}.pem", directory / f"wucme_k_{stem}.pem"
+    paths[0].write_bytes(chain)
+    paths[1].write_bytes(wucme.key_pem(key))
+    return paths
+
+
+def look(directory: Path, stem: str = "x", own: Iterable[str] = (), **wanted: Any) -> wucme.Entry:
+    """The entry of a pair, with what its files say."""
+    none = wucme.Memory()
+    return wucme.look(wucme.Entry(stem, str(directory / f"wucme_c_{stem}.pem"), str(directory / f"wucme_k_{stem}.pem"),
+                                  none, none, DEFAULT._replace(**wanted), frozenset(own)))
+
+
+def sections(text: str) -> dict[str, wucme.Section]:
+    """The sections of an ini."""
+    return read_text(text).sections
+
+
+class TestInventory:
+    def test_a_pair_is_found_with_its_names_and_its_key(self, tmp_path: Path) -> None:
+        put(tmp_path, "x")
+        found = wucme.scan(str(tmp_path), DEFAULT, {})
+        entry = found.entries["x"]
+        assert (found.files, list(found.entries)) == (2, ["x"])
+        assert (entry.facts, entry.fits, entry.whole, entry.fault) == (wucme.facts(CHAIN), True, True, "")
+        assert (entry.title, entry.wanted, entry.own) == ("www.example.org", DEFAULT, frozenset())
+
+    def test_the_spelling_of_vms_is_found_and_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "WUCME_C_A_B.PEM").write_bytes(CHAIN)
+        (tmp_path / "WUCME_K_A_B.PEM").write_bytes(wucme.key_pem(KEY))
+        entry = wucme.scan(str(tmp_path), DEFAULT, sections("[a.b]\nkey = rsa-2048")).entries["a_b"]
+        assert (Path(entry.chain).name, Path(entry.key).name) == ("WUCME_C_A_B.PEM", "WUCME_K_A_B.PEM")
+        assert entry.whole
+        assert entry.wanted.key == "rsa-2048"
+
+    @pytest.mark.parametrize(("there", "missing"), [("WUCME_C_X.PEM", "WUCME_K_X.PEM"),
+                                                    ("wucme_c_x.pem", "wucme_k_x.pem")])
+    def test_a_key_that_is_missing_is_expected_in_the_same_spelling(self, tmp_path: Path, there: str,
+                                                                    missing: str) -> None:
+        (tmp_path / there).write_bytes(CHAIN)
+        entry = wucme.scan(str(tmp_path), DEFAULT, {}).entries["x"]
+        assert entry.key == str(tmp_path / missing)
+        assert (entry.fits, entry.blocked, entry.fault) == (False, False, f"{entry.key}: No such file or directory")
+
+    def test_what_is_declared_and_not_there_is_added(self, tmp_path: Path) -> None:
+        put(tmp_path, "b.example")
+        found = wucme.scan(str(tmp_path), DEFAULT, sections("[a.example]\n[B.example]\n")).entries
+        assert {name for name, entry in found.items() if entry.facts} == {"b.example"}
+        assert sorted(found) == ["a.example", "b.example"]
+        assert found["a.example"].chain == str(tmp_path / "wucme_c_a.example.pem")
+        assert found["a.example"].key == str(tmp_path / "wucme_k_a.example.pem")
+
+    @pytest.mark.parametrize("order", ["[a.b.c]\n[a_b_c]\nnames = d.e\n", "[a_b_c]\nnames = d.e\n[a.b.c]\n"])
+    def test_the_exact_title_goes_before_dots_as_underscores(self, tmp_path: Path, order: str) -> None:
+        put(tmp_path, "a_b_c")
+        found = wucme.scan(str(tmp_path), DEFAULT, sections(order)).entries
+        assert sorted(found) == ["a.b.c", "a_b_c"]
+        assert (found["a_b_c"].wanted.names, found["a_b_c"].whole) == (("d.e",), True)
+        assert found["a.b.c"].facts is None
+
+    def test_no_directory_is_an_empty_one(self, tmp_path: Path) -> None:
+        assert wucme.scan(str(tmp_path / "none"), DEFAULT, {}) == wucme.Inventory(0, {})
+
+    def test_files_are_counted_without_directories_and_what_is_our_own(self, tmp_path: Path) -> None:
+        put(tmp_path, "x")
+        counted = ["wucme_k_account.pem", "wucme_c_x.pem_2026021300200086", "README", ".hidden", "wucme_c_.pem",
+                   "wucme_s_x", "wucme.log.1"]
+        for name in [*counted, "wucme.log", "wucme.lock", "wucme_s_x.json", "wucme_l_host.json", "wucme_c_x.pem_tmp",
+                     "WUCME_K_X.PEM_tmp", "wucme_s_x.json_tmp"]:
+            (tmp_path / name).touch()
+        (tmp_path / "tokens").mkdir()
+        (tmp_path / "link").symlink_to("tokens")
+        found = wucme.scan(str(tmp_path), DEFAULT, {})
+        assert found.files == 2 + len(counted) + 1
+        assert list(found.entries) == ["x"]
+
+    def test_junk_of_every_kind_neither_blocks_nor_raises(self, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+        put(tmp_path, "good")
+        os.mkfifo(tmp_path / "wucme_c_fifo.pem")
+        monkeypatch.chdir(tmp_path)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("wucme_c_socket.pem")
+        (tmp_path / "wucme_c_directory.pem").mkdir()
+        (tmp_path / "wucme_c_dangling.pem").symlink_to("nowhere")
+        (tmp_path / "wucme_c_loop.pem").symlink_to("wucme_c_loop.pem")
+        (tmp_path / "wucme_c_empty.pem").touch()
+        (tmp_path / "wucme_c_binary.pem").write_bytes(bytes(range(256)))
+        for name in (b"wucme_c_new\nline.pem", b"wucme_c_\xff.pem", b"\xff", b"wucme_c_ .pem"):
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+        with (tmp_path / "wucme_c_huge.pem").open("wb") as huge:
+            huge.truncate(1 << 40)
+        (tmp_path / "wucme_s_good.json").symlink_to("/dev/zero")
+        os.mkfifo(tmp_path / "wucme_s_fifo.json")
+        for number in range(300):
+            (tmp_path / f"file {number}").touch()
+        start = time.monotonic()
+        found = wucme.scan(str(tmp_path), DEFAULT, {})
+        assert time.monotonic() - start < 1
+        assert found.files == 2 + 2 + 2 + 2 + 4 + 1 + 300
+        assert [name for name, entry in found.entries.items() if entry.whole] == ["good"]
+        assert {name for name, entry in found.entries.items() if entry.blocked} >= {
+            "fifo", "socket", "dangling", "loop", "huge"}
+        assert all(entry.fault for name, entry in found.entries.items() if name != "good")
+
+    @pytest.mark.parametrize(("chain", "key", "fault"), [
+        (CHAIN, OTHER_KEY, ""), (b"junk", KEY, "wucme_c_x.pem: holds no certificate"),
+    ])
+    def test_a_pair_that_does_not_fit_is_not_whole(self, tmp_path: Path, chain: bytes, key: Any, fault: str) -> None:
+        put(tmp_path, "x", chain, key)
+        entry = look(tmp_path)
+        assert (entry.whole, entry.fits, entry.blocked) == (False, False, False)
+        assert entry.fault.endswith(fault)
+        assert bool(entry.fault) is bool(fault)
+
+
+@pytest.mark.usefixtures("no_power_cuts")
+class TestMemory:
+    def test_what_is_remembered_comes_back(self, tmp_path: Path) -> None:
+        put(tmp_path, "x")
+        entry = wucme.remember(str(tmp_path), look(tmp_path), order="https://o", names=("a", "b"), problem="p\udcff")
+        assert wucme.read_memory(str(tmp_path / "wucme_s_x.json")) == entry.memory
+        assert entry.memory.facts == wucme.facts(CHAIN)
+        assert mode(tmp_path / "wucme_s_x.json") == 0o600
+
+    def test_nothing_new_is_not_written(self, tmp_path: Path) -> None:
+        put(tmp_path, "x")
+        entry = wucme.remember(str(tmp_path), look(tmp_path))
+        (tmp_path / "wucme_s_x.json").unlink()
+        wucme.remember(str(tmp_path), entry)
+        assert not (tmp_path / "wucme_s_x.json").exists()
+
+    @pytest.mark.parametrize("changed", ["", "wucme_c_x.pem", "wucme_k_x.pem"])
+    def test_files_are_parsed_only_if_they_have_changed(self, tmp_path: Path, changed: str,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+        put(tmp_path, "x")
+        entry = look(tmp_path)
+        if changed:
+            (tmp_path / changed).write_bytes(b"something else")
+        parsed: list[bytes] = []
+        monkeypatch.setattr(wucme, "facts", noting(parsed, lambda _: entry.facts))
+        monkeypatch.setattr(wucme, "parse_key", noting(parsed, lambda _: KEY))
+        again = wucme.look(entry)
+        assert parsed == ([b"something else"] if changed else [])
+        assert again.whole
+
+    def test_a_memory_of_files_that_are_gone_is_not_believed(self, tmp_path: Path) -> None:
+        for path in put(tmp_path, "x"):
+            entry = look(tmp_path)
+            content = path.read_bytes()
+            path.unlink()
+            assert not wucme.look(entry).whole
+            path.write_bytes(content)
+
+    @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b'"x"', b"{}", b"\xff", b"[" * 100000,
+                                      b'{"order": 1}'], ids=brief)
+    def test_a_torn_or_foreign_memory_is_empty(self, tmp_path: Path, text: bytes) -> None:
+        (tmp_path / "m").write_bytes(text)
+        assert wucme.read_memory(str(tmp_path / "m")) == wucme.Memory()
+
+    @bounded
+    @given(value=json_values | st.fixed_dictionaries({}, optional={
+        **dict.fromkeys(wucme.Memory._fields, json_values), "names": st.lists(json_values, max_size=2),
+        "facts": st.tuples(st.lists(json_values, max_size=2), *[st.floats()] * 2, *[st.text(max_size=3)] * 6)}))
+    def test_a_memory_has_the_types_it_should_have_or_is_forgotten(self, tmp_path: Path, value: object) -> None:
+        (tmp_path / "m").write_text(json.dumps(value))
+        found = wucme.read_memory(str(tmp_path / "m"))
+        about = found.facts or wucme.facts(CHAIN)
+        assert all(isinstance(name, str) for name in (*found.names, *about.names))
+        for name, default in wucme.Memory._field_defaults.items():
+            assert name == "facts" or isinstance(getattr(found, name), type(default))
+        assert [type(one) for one in about[1:]] == [float] * 2 + [str] * 6
+
+
+# --- 7. plan -----------------------------------------------------------------------------------
+
+def known(lifetime: float, age: float, names: tuple[str, ...] = NAMES, kind: str = "ecdsa-p256") -> wucme.Facts:
+    """What a certificate says that has so long to live from its beginning, and began so long ago."""
+    return wucme.Facts(names, NOW - age, NOW - age + lifetime, "CN=x", "1", "f", "k", kind, "")
+
+
+def entry(about: wucme.Facts | None, renew: str = "auto", own: Iterable[str] = (), memory: wucme.Memory | None = None,
+          **more: Any) -> wucme.Entry:
+    """A certificate that needs no files."""
+    places = {name: more.pop(name) for name in ("fits", "fault", "blocked") if name in more}
+    remembered = memory or wucme.Memory()
+    return wucme.Entry("x", "/d/wucme_c_x.pem", "/d/wucme_k_x.pem", remembered, remembered,
+                       DEFAULT._replace(renew=wucme.a_renewal(renew), **more), frozenset(own), about,
+                       **{"fits": about is not None, **places})
+
+
+class TestPlan:
+    @pytest.mark.parametrize(("lifetime", "renew", "left"), [
+        (90 * DAY, "auto", 30 * DAY), (45 * DAY, "auto", 15 * DAY), (10 * DAY, "auto", 10 * DAY / 3),
+        (10 * DAY - 1, "auto", 5 * DAY - 0.5), (6 * DAY, "auto", 3 * DAY), (3600, "auto", 1800),
+        (90 * DAY, "30", 30 * DAY), (90 * DAY, "30d", 30 * DAY), (90 * DAY, "12h", DAY / 2),
+        (90 * DAY, "10%", 9 * DAY), (3600, "50%", 1800), (6 * DAY, "30d", 30 * DAY), (90 * DAY, "0d", 0),
+    ])
+    def test_renewal_time(self, lifetime: float, renew: str, left: float) -> None:
+        about = known(lifetime, 0)
+        assert about.not_after - wucme.renewal_time(about, wucme.a_renewal(renew)) == pytest.approx(left)
+
+    def test_never_is_the_end_of_time(self) -> None:
+        assert wucme.renewal_time(known(DAY, 0), wucme.a_renewal("never")) == float("inf")
+
+    @pytest.mark.parametrize(("left", "renew", "line"), [
+        (28 * DAY + 82800, "30", "expires: 28 renew: -1"),
+        (30 * DAY + 82800, "30", "expires: 30 renew: 0"),
+        (30 * DAY - 1, "30", "expires: 29 renew: 0"),
+        (60 * DAY, "30", "expires: 60 renew: 30"),
+        (-1, "30", "expires: 0 renew: -30"),
+        (-DAY, "30", "expires: -1 renew: -31"),
+        (28 * DAY, "never", "expires: 28 renew: never"),
+    ])
+    def test_days_are_whole_and_truncated_toward_zero(self, left: float, renew: str, line: str) -> None:
+        decision = wucme.decide(entry(known(90 * DAY, 90 * DAY - left), renew), NOW)
+        assert wucme.dates(decision, NOW).endswith(f" GMT {line}")
+
+    def test_the_line_of_dates(self) -> None:
+        about = known(90 * DAY - 1, 0)._replace(not_before=1765630332.0, not_after=1773406331.0)
+        line = wucme.dates(wucme.decide(entry(about, "30"), NOW), NOW)
+        assert line == ("www.example.org !before: Dec 13 12:52:12 2025 GMT !after: Mar 13 12:52:11 2026 GMT "
+                        "expires: 28 renew: -1")
+
+    @bounded
+    @given(lifetime=st.floats(60, 1e8), age=st.floats(0, 2),
+           renew=st.sampled_from(["auto", "30", "1h", "1%", "25%", "99%", "never"]))
+    @example(lifetime=60, age=1.5, renew="never")
+    def test_the_exact_instant_decides(self, lifetime: float, age: float, renew: str) -> None:
+        about = known(lifetime, lifetime * age)
+        at = wucme.renewal_time(about, wucme.a_renewal(renew))
+        for now in (NOW, at, at - 0.01, at + 0.01):
+            decision = wucme.decide(entry(about, renew), now)
+            assert decision.due is (now >= at if now < float("inf") else decision.due)
+            assert decision.renew_at == at
+            assert bool(decision.reason) is decision.due
+
+    REASONS: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("forced", {}),
+        ("/d/key: not readable", {"fits": False, "fault": "/d/key: not readable"}),
+        ("its key does not fit the certificate", {"fits": False}),
+        ("its names are now b.example", {"names": ("b.example",), "own": ["names"]}),
+        ("its key should be rsa-2048, and is ecdsa-p256", {"key": "rsa-2048", "own": ["key"]}),
+        ("expires in 5 days", {"renew": "6"}),
+    )
+
+    @pytest.mark.parametrize(("first", "second"), itertools.combinations(REASONS, 2))
+    def test_the_first_reason_is_the_one_given(self, first: tuple[str, Any], second: tuple[str, Any]) -> None:
+        both = {**second[1], **first[1], "own": [*first[1].get("own", []), *second[1].get("own", [])]}
+        found = entry(known(90 * DAY, 84.5 * DAY), **{"renew": "1", **both})
+        decision = wucme.decide(found, NOW, forced=first[0] == "forced")
+        assert (decision.due, decision.reason) == (True, first[0])
+
+    @pytest.mark.parametrize(("text", "change"), REASONS)
+    def test_each_reason_alone(self, text: str, change: dict[str, Any]) -> None:
+        found = entry(known(90 * DAY, 84.5 * DAY), **{"renew": "1", **change})
+        decision = wucme.decide(found, NOW, forced=text == "forced")
+        assert (decision.due, decision.reason) == (True, text)
+
+    @pytest.mark.parametrize("change", [
+        {}, {"own": ["names"], "names": ("example.org", "www.example.org")}, {"key": "rsa-2048"},
+        {"own": ["key"]}, {"renew": "never"},
+        {"own": ["names"], "names": ("example.org",), "memory": wucme.Memory(names=("example.org",))},
+    ])
+    def test_what_is_as_it_should_be_is_not_due(self, change: dict[str, Any]) -> None:
+        assert wucme.decide(entry(known(90 * DAY, 0), **change), NOW)[1:3] == (False, "")
+
+    def test_what_is_declared_and_missing_is_due(self) -> None:
+        assert wucme.decide(entry(None, names=("a.example",)), NOW)[1:3] == (True, "declared, and not there yet")
+        broken = entry(None, names=("a.example",), fault="/d/x: holds no certificate")
+        assert wucme.decide(broken, NOW)[1:3] == (True, "/d/x: holds no certificate")
+
+    @pytest.mark.parametrize("blocked", [
+        entry(None, names=("a.example",), fault="/d/x: not a regular file", blocked=True),
+        entry(known(DAY, 2 * DAY), fits=False, fault="/d/x: Permission denied", blocked=True),
+        entry(None, fault="/d/x: holds no certificate"),
+        entry(known(DAY, 2 * DAY, names=()), fault="no names"),
+    ])
+    def test_what_cannot_be_renewed_is_not_due_even_by_force(self, blocked: wucme.Entry) -> None:
+        assert wucme.decide(blocked, NOW, forced=True)[1:3] == (False, blocked.fault)
+
+    @pytest.mark.parametrize("renew", ["auto", "never", "30", "25%"])
+    @pytest.mark.parametrize(("start", "end"), [
+        (NOW, 253402300799.0), (-62135596800.0, NOW), (NOW, NOW - 5 * DAY),
+        (253402300799.0, -62135596800.0), (0.0, 0.0),
+    ])
+    def test_odd_dates_raise_nothing(self, start: float, end: float, renew: str) -> None:
+        decision = wucme.decide(entry(known(1, 0)._replace(not_before=start, not_after=end), renew), NOW)
+        assert " !after: " in wucme.dates(decision, NOW)
+        assert wucme.certificate_json(decision, [])["not_after"]
+        assert wucme.certificate_text(decision, wucme.certificate_json(decision, []), NOW)
+
+
+# --- 8. challenges -----------------------------------------------------------------------------
+
+WELL_KNOWN = "/.well-known/acme-challenge/"
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("target", [
+        "/.well-known/acme-challenge/tok", "/.well-known/acme-challenge/tok?x=/y",
+        "/cgi-bin/wucme/.well-known/acme-challenge/tok",
+        "http://a.example/.well-known/acme-challenge/tok", "http://a.example:80/p/.well-known/acme-challenge/tok?",
+        "//.well-known/acme-challenge/tok", "/.well-known/acme-challenge/x/.well-known/acme-challenge/tok",
+    ])
+    def test_a_published_token_is_found_and_the_asking_is_noted(self, tmp_path: Path, target: str) -> None:
+        answers, asked = wucme.Answers(str(tmp_path)), threading.Event()
+        answers.publish("tok", "tok.print", asked)
+        assert answers.find(target) == "tok.print"
+        assert asked.is_set()
+
+    @pytest.mark.parametrize("target", [
+        "", "/", "*", "tok", "/tok", "?/.well-known/acme-challenge/tok", "/.well-known/acme-challenge/",
+        "/.well-known/acme-challenge", "/.well-known/acme-challenge/tok2", "/.well-known/acme-challenge/to",
+        "/.well-known/acme-challenge/TOK", "/.well-known/acme-challenge/tok/", "/.well-known/acme-challenge/tok%20",
+        "/.well-known/acme-challenge/../acme-challenge/tok", "/.well-known/acme-challenge/%74ok",
+        "/.well-known/acme-challenge/../../wucme_k_account.pem", "/.well-known/acme-challenge//tok",
+        "/x.well-known/acme-challenge/tok", "/.well-known/ACME-challenge/tok", "/.well-known/acme-challenge/tok#x",
+    ])
+    def test_anything_else_is_not(self, tmp_path: Path, target: str) -> None:
+        answers, asked = wucme.Answers(str(tmp_path)), threading.Event()
+        answers.publish("tok", "tok.print", asked)
+        assert answers.find(target) is None
+        assert not asked.is_set()
+
+    def test_a_token_is_in_a_file_that_all_may_read_while_it_is_published(self, tmp_path: Path) -> None:
+        before = os.umask(0o077)
+        answers = wucme.Answers(str(tmp_path))
+        answers.publish("tok", "tok.print", threading.Event())
+        os.umask(before)
+        token = tmp_path / "tokens" / "tok"
+        assert (token.read_text(), mode(token), mode(token.parent)) == ("tok.print", 0o644, 0o755)
+        for _ in range(2):
+            answers.withdraw("tok")
+        assert not token.exists()
+        assert answers.find(f"{WELL_KNOWN}tok") is None
+
+
+class Fronts(NamedTuple):
+    """A listener with a token published."""
+    host: str
+    port: int
+    asked: threading.Event
+
+    def connect(self) -> socket.socket:
+        """A connection to it."""
+        return socket.create_connection((self.host, self.port), 5)
+
+    def say(self, data: bytes) -> bytes:
+        """All that comes back for these bytes, to the end."""
+        with self.connect() as peer, contextlib.suppress(ConnectionError):
+            peer.sendall(data)
+            return b"".join(iter(lambda: peer.recv(4096), b""))
+        return b""
+
+
+LOOPBACKS = ["127.0.0.1", *(["::1"] if wucme.proc_text("net", "if_inet6") else [])]
+
+
+@pytest.fixture
+def front(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fronts]:
+    """A listener on loopback, at an address that the test may choose."""
+    answers, asked = wucme.Answers(str(tmp_path)), threading.Event()
+    answers.publish("tok", "tok.print", asked)
+    host = getattr(request, "param", LOOPBACKS[0])
+    listener = wucme.Listener(host, 0, answers)
+    yield Fronts(host, listener.servers[0].server_port, asked)
+    listener.close()
+
+
+GET = b"GET /.well-known/acme-challenge/tok HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+class TestListener:
+    @pytest.mark.parametrize("front", LOOPBACKS, indirect=True)
+    def test_get(self, front: Fronts) -> None:
+        start, _, body = front.say(GET).partition(b"\r\n\r\n")
+        assert start.split(b"\r\n") == [b"HTTP/1.0 200 OK", b"Content-Type: application/octet-stream",
+                                        b"Content-Length: 9"]
+        assert body == b"tok.print"
+        assert front.asked.is_set()
+
+    def test_head(self, front: Fronts) -> None:
+        assert front.say(GET.replace(b"GET", b"HEAD")) == front.say(GET)[:-9]
+
+    @pytest.mark.parametrize(("request_line", "answer_line"), [
+        (b"GET /.well-known/acme-challenge/other HTTP/1.1", b"HTTP/1.0 404 Not Found"),
+        (b"GET / HTTP/1.0", b"HTTP/1.0 404 Not Found"),
+        (b"GET http://b.example/x/.well-known/acme-challenge/tok HTTP/1.1", b"HTTP/1.0 200 OK"),
+        (b"POST /.well-known/acme-challenge/tok HTTP/1.1", b"HTTP/1.0 501 Unsupported method ('POST')"),
+    ])
+    def test_what_is_answered(self, front: Fronts, request_line: bytes, answer_line: bytes) -> None:
+        assert front.say(request_line + b"\r\n\r\n").split(b"\r\n")[0] == answer_line
+
+    @pytest.mark.parametrize("data", [
+        GET.replace(b"1.1", b"9.9"), GET.replace(b"/tok", b"/" + b"x" * 9000), GET.replace(b"tok", b"tok" * 3000),
+        b"junk\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", b"GET\r\n\r\n", b"\r\n\r\n",
+    ], ids=brief)
+    def test_what_is_no_request_ends_the_connection_and_nothing_else(self, front: Fronts, data: bytes) -> None:
+        start = time.monotonic()
+        assert b"tok.print" not in front.say(data)
+        assert time.monotonic() - start < 2
+        assert b"tok.print" in front.say(GET)
+
+    def test_http_without_a_version_gets_the_bare_answer(self, front: Fronts) -> None:
+        assert front.say(b"GET /.well-known/acme-challenge/tok\r\n\r\n") == b"tok.print"
+
+    def test_one_request_a_connection(self, front: Fronts) -> None:
+        assert front.say(GET + GET).count(b"tok.print") == 1
+
+    @pytest.mark.parametrize("more", [b"X: " + b"x" * 9000, b"X: x\r\n" * 2000, b"x" * 9000], ids=brief)
+    def test_nobody_is_listened_to_for_more_than_8_kb(self, front: Fronts, more: bytes) -> None:
+        start = time.monotonic()
+        front.say(GET[:-2] + more)
+        assert time.monotonic() - start < 2
+
+    def test_hundreds_of_silent_connections_keep_nobody_out(self, front: Fronts) -> None:
+        with contextlib.ExitStack() as stack:
+            silent = []
+            for number in range(wucme.OPEN_CONNECTIONS + 44):
+                silent.append(stack.enter_context(front.connect()))
+                start = time.monotonic()
+                if number % 60 == 59:
+                    assert front.say(GET).endswith(b"tok.print")
+                    assert time.monotonic() - start < 3
+            assert select.select([silent[0], silent[-1]], [], [], 0)[0] == [silent[0]]
+            assert silent[0].recv(1) == b""
+
+    def test_a_connection_has_so_many_seconds_in_all(self, front: Fronts, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(wucme, "CONNECTION_SECONDS", 0.2)
+        start = time.monotonic()
+        with front.connect() as peer, contextlib.suppress(ConnectionError):
+            while not select.select([peer], [], [], 0.05)[0] and time.monotonic() - start < 2:
+                peer.sendall(b"G")
+        assert 0.15 < time.monotonic() - start < 1
+
+    def test_closing_ends_it_all_within_a_second(self, tmp_path: Path) -> None:
+        before = set(threading.enumerate())
+        listener = wucme.Listener("127.0.0.1", 0, wucme.Answers(str(tmp_path)))
+        port = listener.servers[0].server_port
+        listener.close()
+        wait_until(lambda: set(threading.enumerate()) <= before, 1)
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
+            pass
+
+    def test_no_host_is_every_address(self, tmp_path: Path) -> None:
+        answers, asked = wucme.Answers(str(tmp_path)), threading.Event()
+        answers.publish("tok", "tok.print", asked)
+        for port in range(10000 + os.getpid() % 10000, 32000):      # below those of outgoing connections
+            with contextlib.suppress(wucme.ListenerError):
+                listener = wucme.Listener("", port, answers)
+                break
+        found = [Fronts(address, port, asked).say(GET)[-9:] for address in LOOPBACKS]
+        listener.close()
+        assert found == [b"tok.print"] * len(LOOPBACKS)
+
+    def test_a_busy_port_names_its_holder_and_others_are_opened(self, tmp_path: Path, log: wucme.Log) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as busy:
+            address = ("127.0.0.1", busy.getsockname()[1])
+            found, refused = wucme.open_listeners([address, ("127.0.0.1", 0), address], wucme.Answers(str(tmp_path)))
+        assert len(found) == 1
+        found[0].close()
+        assert list(refused) == [address]
+        assert refused[address].startswith(f"cannot listen on 127.0.0.1:{address[1]}: in use by ")
+        assert f"(pid {os.getpid()}); listen on another port" in refused[address]
+
+    @pytest.mark.parametrize(("number", "reason"), [(13, "not permitted; run as root"), (99, "Cannot assign")])
+    def test_why_not(self, number: int, reason: str) -> None:
+        told = wucme.listen_reason("h", 80, OSError(number, "Cannot assign requested address"))
+        assert told.startswith(f"cannot listen on h:80: {reason}")
+
+    def test_an_address_that_is_not_ours_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(wucme.ListenerError, match=r"cannot listen on 192\.0\.2\.1:1: "):
+            wucme.Listener("192.0.2.1", 1, wucme.Answers(str(tmp_path)))
+
+
+# --- 9. acme -----------------------------------------------------------------------------------
+
+class PublicOnly(NamedTuple):
+    """A key of which only the public half is known."""
+    public: Any
+    key_size: int
+
+    def public_key(self) -> Any:
+        """That half."""
+        return self.public
+
+
+def number(text: str) -> int:
+    """A base64url number."""
+    return int.from_bytes(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), "big")
+
+
+RFC_7638 = PublicOnly(rsa.RSAPublicNumbers(number("AQAB"), number(
+    "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiFV4n3oknjh"
+    "Mstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5"
+    "hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw"
+)).public_key(), 2048)
+RFC_9449 = PublicOnly(ec.EllipticCurvePublicNumbers(
+    number("l8tFrhx-34tV3hRICRDY9zCkDlpBhF42UQUfWVAWBFs"), number("9VE4jf_Ok_o64zbTTlcuNJajHmt6v9TDVrU0CdvGRDA"),
+    ec.SECP256R1()).public_key(), 256)
+
+
+def decoded(text: str) -> bytes:
+    """What a base64url text without padding holds."""
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def response(status: int = 200, body: bytes = b"", **headers: str) -> wucme.Response:
+    """An answer of a CA."""
+    found = http.client.HTTPMessage()
+    for name, value in headers.items():
+        found[name.replace("_", "-")] = value
+    return wucme.Response(status, found, body)
+
+
+class TestAcme:
+    @pytest.mark.parametrize(("key", "expected"), [
+        (RFC_7638, "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"),
+        (RFC_9449, "0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I"),
+    ])
+    def test_thumbprints_of_the_rfcs(self, key: Any, expected: str) -> None:
+        assert wucme.thumbprint(key) == expected
+
+    @pytest.mark.parametrize(("secret", "short"), [(379, "x"), (43, "y")])
+    def test_a_coordinate_with_leading_zeros_has_its_full_length(self, secret: int, short: str) -> None:
+        member = wucme.json_web_key(ec.derive_private_key(secret, ec.SECP256R1()))[short]
+        assert (len(decoded(member)), decoded(member)[0]) == (32, 0)
+
+    @pytest.mark.parametrize(("data", "text"), [(b"", ""), (b"\xfb\xff", "-_8"), (b"abc", "YWJj"), (b"a", "YQ")])
+    def test_base64url(self, data: bytes, text: str) -> None:
+        assert wucme.base64url(data) == text
+
+    @pytest.mark.parametrize("payload", [None, {}, {"a": ["é", 1]}])
+    @pytest.mark.parametrize(("key", "algorithm"), [
+        (KEY, "ES256"), (ec.generate_private_key(ec.SECP384R1()), "ES384"), (rsa_key(), "RS256")])
+    def test_what_is_signed_verifies(self, key: Any, algorithm: str, payload: dict[str, Any] | None) -> None:
+        found = json.loads(wucme.signed(key, {"nonce": "n", "url": "https://ca.test/x"}, payload))
+        assert set(found) == {"protected", "payload", "signature"}
+        assert json.loads(decoded(found["protected"])) == {"alg": algorithm, "nonce": "n", "url": "https://ca.test/x"}
+        assert (json.loads(decoded(found["payload"])) if found["payload"] else None) == payload
+        data, signature = f"{found['protected']}.{found['payload']}".encode(), decoded(found["signature"])
+        if algorithm == "RS256":
+            key.public_key().verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
+            return
+        size = len(signature) // 2
+        assert size == key.key_size // 8
+        r, s = (int.from_bytes(part, "big") for part in (signature[:size], signature[size:]))
+        digest = hashes.SHA256() if algorithm == "ES256" else hashes.SHA384()
+        key.public_key().verify(utils.encode_dss_signature(r, s), data, ec.ECDSA(digest))
+
+    @pytest.mark.parametrize(("value", "seconds"), [
+        ("", 0), ("0", 0), ("120", 120), (" 7 ", 7), ("-5", 0), ("1.5", 0), ("soon", 0), ("²", 0), ("9" * 30, 10 ** 9),
+        (email.utils.formatdate(NOW + 90, usegmt=True), 90), (email.utils.formatdate(NOW - 90, usegmt=True), 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 253402300799 - NOW), ("Fri, 31 Dec 99999 23:59:59 GMT", 0),
+        ("Fri, 99 Foo 2026 25:61:61 GMT", 0),
+    ])
+    def test_how_long_to_wait(self, value: str, seconds: float) -> None:
+        assert wucme.asked_wait(response(Retry_After=value), NOW) == seconds
+        assert wucme.asked_wait(response(), NOW) == 0
+
+    @bounded
+    @given(value=st.text(st.characters(max_codepoint=255), max_size=30) | st.from_regex(r"\A[A-Z, 0-9:+-]{0,30}\Z"))
+    def test_no_answer_upsets_the_waiting(self, value: str) -> None:
+        assert wucme.asked_wait(response(Retry_After=value.replace("\r", "").replace("\n", "")), NOW) >= 0
+
+    @pytest.mark.parametrize(("problem", "text"), [
+        ({"type": "urn:ietf:params:acme:error:caa", "detail": "CAA says no"}, "caa: CAA says no"),
+        ({"detail": "no\n\x1b[31m"}, "refused: no\\n\\x1b[31m"),
+        ({}, "refused: no detail given"),
+        ({"type": 5, "detail": ["x"], "subproblems": "x"}, "5: ['x']"),
+        ({"type": "a:b:dns", "detail": "two", "subproblems": [
+            {"type": "a:b:caa", "detail": "one\r", "identifier": {"type": "dns", "value": "a.example"}},
+            {"type": "a:b:dns", "detail": "none", "identifier": None}, 7]},
+         "dns: two; a.example: caa: one\\r; ?: dns: none"),
+    ])
+    def test_problem_text(self, problem: dict[str, Any], text: str) -> None:
+        assert wucme.problem_text(problem) == text
+
+    def test_a_known_kind_of_refusal_comes_with_a_remedy(self) -> None:
+        assert wucme.with_remedy("no", "dns") == f"no ({wucme.REMEDIES['dns']})"
+        assert wucme.with_remedy("no", "other") == "no"
+
+    def test_a_problem_is_no_longer_than_a_screen(self) -> None:
+        assert len(wucme.problem_text({"detail": "x" * 10 ** 6})) <= 2000
+
+    @bounded
+    @given(problem=st.dictionaries(st.sampled_from(["type", "detail", "subproblems", "identifier"]), json_values))
+    def test_no_problem_is_a_problem(self, problem: dict[str, Any]) -> None:
+        assert wucme.problem_text(problem).isprintable()
+
+    @pytest.mark.parametrize("body", [b"", b"[]", b"<html>\n", b"\xff", b"[" * 99999, b"null"], ids=brief)
+    def test_what_is_no_object_is_quoted(self, body: bytes) -> None:
+        with pytest.raises(wucme.NetworkError) as caught:
+            wucme.read_object(response(body=body), "https://u")
+        assert str(caught.value).startswith(f"https://u: no JSON object came, but {len(body)} bytes: ")
+        assert len(str(caught.value)) < 200
+
+
+def client() -> wucme.Client:
+    """A client of https://ca.test:14000/dir that has not fetched anything."""
+    made = object.__new__(wucme.Client)
+    made.url = "https://ca.test:14000/dir"
+    return made
+
+
+class TestClient:
+    @pytest.mark.parametrize("url", ["https://ca.test:14000/", "https://ca.test:14000/a?b=c#d",
+                                     "https://ca.test:14000"])
+    def test_a_url_of_the_cas_own_host_is_taken(self, url: str) -> None:
+        assert client().own_url(url, "order") == url
+
+    @pytest.mark.parametrize("url", [
+        None, 5, "", [], "order/1", "/order/1", "//ca.test:14000/x", "http://ca.test:14000/x", "https://ca.test/x",
+        "https://ca.test:443/x", "https://evil.test:14000/x", "https://ca.test:14000@evil.test/x",
+        "https://evil@ca.test:14000/x", "https://ca.test:14000.evil.test/", "https://ca.test:14000\\@evil.test/",
+        "ftp://ca.test:14000/", "https://[::1/", "https://ca.test:14000/é", "https://xca.test:14000/",
+        "https:ca.test:14000/",
+    ])
+    def test_any_other_is_refused_in_one_line(self, url: object) -> None:
+        with pytest.raises(wucme.NetworkError, match=r"^https://ca\.test:14000/dir: the CA gave .* as its order, not"):
+            client().own_url(url, "order")
+
+    def test_a_refused_url_is_quoted_printably_and_in_part(self) -> None:
+        with pytest.raises(wucme.NetworkError) as caught:
+            client().own_url("http://\x1b\n" + "x" * 999, "order")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 250
+
+    ORDER: dict[str, Any] = {  # noqa: RUF012 - a table that is only read
+        "status": "ready", "identifiers": [{"type": "dns", "value": "A.example"}],
+        "authorizations": ["https://ca.test:14000/a"], "finalize": "https://ca.test:14000/f"}
+
+    def test_an_order(self) -> None:
+        assert client().parse_order("https://ca.test:14000/o", self.ORDER, ["a.example"]) == wucme.Order(
+            "https://ca.test:14000/o", "ready", ("https://ca.test:14000/a",), "https://ca.test:14000/f", "", {})
+
+    @pytest.mark.parametrize("change", [
+        {"identifiers": [{"value": "b.example"}]}, {"identifiers": None}, {"identifiers": [7]}, {"authorizations": []},
+        {"authorizations": ["https://ca.test:14000/a"] * 2}, {"authorizations": "https://ca.test:14000/a"},
+        {"authorizations": ["http://ca.test:14000/a"]}, {"authorizations": [None]}, {"finalize": None},
+        {"finalize": "https://evil.test/f"}, {"certificate": "https://evil.test/c"}, {"certificate": 1},
+    ])
+    def test_an_order_that_is_not_ours_is_refused(self, change: dict[str, Any]) -> None:
+        with pytest.raises(wucme.NetworkError):
+            client().parse_order("https://ca.test:14000/o", {**self.ORDER, **change}, ["a.example"])
+
+
+# --- 10. store ---------------------------------------------------------------------------------
+
+NEW_CHAIN = INTERMEDIATE.chain(KEY, span=(0, 90 * DAY))
+OTHER_CHAIN = INTERMEDIATE.chain(OTHER_KEY, span=(0, 90 * DAY))
+STAMP = "2026021300200086"
+
+
+def combined(directory: Path) -> None:
+    """Write a pair as `rotate = yes` keeps it."""
+    chain, key = put(directory, "x", wucme.key_pem(KEY) + CHAIN)
+    chain.chmod(0o600)
+    key.unlink()
+    key.symlink_to(chain.name)
+
+
+def plain(directory: Path) -> None:
+    """Write a pair as `rotate = no` keeps it."""
+    chain, key = put(directory, "x")
+    chain.chmod(0o644)
+    key.chmod(0o600)
+
+
+def nothing(_: Path) -> None:
+    """Write no pair."""
+
+
+def half(directory: Path) -> None:
+    """Write a key alone."""
+    put(directory, "x")[1].chmod(0o600)
+    (directory / "wucme_c_x.pem").unlink()
+
+
+def misfit(directory: Path) -> None:
+    """Write a chain with the key of another."""
+    for path, bits in zip(put(directory, "x", OTHER_CHAIN), (0o644, 0o600)):
+        path.chmod(bits)
+
+
+SWITCHES = [(before, key, rotate) for before in (nothing, half, misfit, plain, combined) for key in (KEY, OTHER_KEY)
+            for rotate in (False, True)]
+
+
+def renewed(key: Any) -> tuple[bytes, bytes]:
+    """The new certificate for a key, and that."""
+    return NEW_CHAIN if key is KEY else OTHER_CHAIN, wucme.key_pem(key)
+
+
+def steps(directory: Path, key: Any, rotate: bool) -> list[wucme.Step]:
+    """What makes the new certificate for a key live."""
+    return wucme.switch(look(directory, rotate=rotate), *renewed(key), STAMP)
+
+
+def live(directory: Path) -> tuple[bytes, bytes]:
+    """The certificates and the key that both live paths hold, which must fit."""
+    chain, key = ((directory / f"wucme_{kind}_x.pem").read_bytes() for kind in "ck")
+    assert wucme.key_hash(wucme.parse_key(key).public_key()) == wucme.facts(chain).key
+    return b"".join(wucme.certificates(chain)), wucme.private_key(key)
+
+
+def assert_switched(directory: Path, key: Any, rotate: bool) -> None:
+    """The new pair is live, in the form and with the modes that `rotate` asks for."""
+    chain, private = directory / "wucme_c_x.pem", directory / "wucme_k_x.pem"
+    assert live(directory) == renewed(key)
+    assert private.is_symlink() is rotate
+    assert wucme.private_key(chain.read_bytes()) == (wucme.key_pem(key) if rotate else b"")
+    assert (mode(chain), mode(private)) == (0o600 if rotate else 0o644, 0o600)
+    assert not list(directory.glob("*_tmp"))
+
+
+@pytest.mark.usefixtures("no_power_cuts")
+class TestStore:
+    @pytest.mark.parametrize(("before", "key", "rotate"), SWITCHES)
+    def test_the_pair_is_whole_after_every_step_and_the_new_one_at_the_end(
+            self, tmp_path: Path, no_umask: None, before: Callable[[Path], None], key: Any, rotate: bool) -> None:
+        before(tmp_path)
+        was_whole = look(tmp_path).whole
+        old = live(tmp_path) if was_whole else None
+        for step in steps(tmp_path, key, rotate):
+            step.do()
+            assert not was_whole or live(tmp_path) in (old, renewed(key))
+            for path in tmp_path.iterdir():
+                assert path.is_symlink() or not wucme.private_key(path.read_bytes()) or mode(path) == 0o600
+        assert_switched(tmp_path, key, rotate)
+
+    @pytest.mark.parametrize(("before", "key", "rotate"), SWITCHES)
+    def test_a_run_that_was_killed_after_any_step_is_made_good_by_the_next(
+            self, tmp_path: Path, no_umask: None, before: Callable[[Path], None], key: Any, rotate: bool) -> None:
+        (tmp_path / "count").mkdir()
+        before(tmp_path / "count")
+        for killed_after in range(len(steps(tmp_path / "count", key, rotate)) + 1):
+            place = tmp_path / str(killed_after)
+            place.mkdir()
+            before(place)
+            for step in steps(place, key, rotate)[:killed_after]:
+                step.do()
+            wucme.sweep(str(place))
+            for step in steps(place, key, rotate):
+                step.do()
+            assert_switched(place, key, rotate)
+
+    @pytest.mark.parametrize(("before", "key", "rotate", "backups"), [
+        (plain, KEY, False, {"c"}), (plain, OTHER_KEY, False, {"c", "k"}), (plain, OTHER_KEY, True, {"c", "k"}),
+        (plain, KEY, True, {"c"}), (combined, OTHER_KEY, True, {"c"}), (combined, KEY, False, {"c"}),
+        (nothing, KEY, True, set()), (misfit, KEY, False, {"c", "k"}),
+    ])
+    def test_backups_have_the_stamp_and_hold_the_old_files(self, tmp_path: Path, before: Callable[[Path], None],
+                                                           key: Any, rotate: bool, backups: set[str]) -> None:
+        before(tmp_path)
+        old = {path.name: (path.read_bytes(), mode(path)) for path in tmp_path.iterdir()}
+        for step in steps(tmp_path, key, rotate):
+            step.do()
+        found = {path.name: (path.read_bytes(), mode(path)) for path in tmp_path.glob(f"*_{STAMP}")}
+        assert found == {f"wucme_{kind}_x.pem_{STAMP}": old[f"wucme_{kind}_x.pem"] for kind in backups}
+
+    @pytest.mark.parametrize("rotate", [False, True])
+    def test_modes_that_were_set_by_hand_are_kept(self, tmp_path: Path, rotate: bool) -> None:
+        chain, key = put(tmp_path, "x")
+        chain.chmod(0o640)
+        key.chmod(0o400)
+        for step in steps(tmp_path, OTHER_KEY, rotate):
+            step.do()
+        assert (mode(chain), mode(key)) == (0o400 if rotate else 0o640, 0o400)
+
+    def test_a_renewal_with_the_key_kept_is_one_rename(self, tmp_path: Path) -> None:
+        plain(tmp_path)
+        path = tmp_path / "wucme_c_x.pem"
+        assert [step.text for step in steps(tmp_path, KEY, False)] == [
+            f"backed up {path} as {path}_{STAMP}", f"saving to {path}_tmp", f"renaming {path}_tmp to {path}"]
+
+    def test_a_combined_file_holds_key_leaf_and_issuers_in_this_order(self, tmp_path: Path) -> None:
+        for step in steps(tmp_path, KEY, True):
+            step.do()
+        assert (tmp_path / "wucme_c_x.pem").read_bytes() == wucme.key_pem(KEY) + NEW_CHAIN
+        assert os.readlink(tmp_path / "wucme_k_x.pem") == "wucme_c_x.pem"
+
+    def test_text_and_crlf_of_the_ca_do_not_go_live(self, tmp_path: Path) -> None:
+        sent = b"text\r\n" + NEW_CHAIN.replace(b"\n", b"\r\n")
+        for step in wucme.switch(look(tmp_path), sent, wucme.key_pem(KEY), STAMP):
+            step.do()
+        assert (tmp_path / "wucme_c_x.pem").read_bytes() == NEW_CHAIN
+
+    @pytest.mark.parametrize("keep", [0, 1, 3, 9])
+    def test_prune_keeps_the_newest(self, tmp_path: Path, keep: int) -> None:
+        stamps = ["2025123123595999", "2026010100000000", "2026010100000001", "2026021300200086"]
+        others = ["wucme_c_x.pem", "wucme_c_x.pem_tmp", "wucme_c_x.pem_2026", "wucme_c_xypem_2026021300200086",
+                  "wucme_c_x.pem_20260213002000860", "wucme_k_x.pem_2026021300200086"]
+        for name in [*others, *(f"wucme_c_x.pem_{stamp}" for stamp in stamps)]:
+            (tmp_path / name).touch()
+        wucme.prune(str(tmp_path / "wucme_c_x.pem"), keep)
+        assert set(os.listdir(tmp_path)) == {*others, *(f"wucme_c_x.pem_{one}" for one in stamps[max(0, 4 - keep):])}
+
+    def test_sweep_removes_what_was_left_but_for_what_is_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "tokens").mkdir()
+        stale = ["wucme_c_x.pem_tmp", "WUCME_K_Y.PEM_tmp", "wucme_s_x.json_tmp", "tokens/a", "tokens/b"]
+        spared = ["wucme_k_x.pem_tmp", "wucme_c_x.pem", "wucme_c_x.pem_2026021300200086", "other_tmp", "wucme.lock"]
+        for name in [*stale, *spared]:
+            (tmp_path / name).touch()
+        (tmp_path / "wucme_s_x.json").write_text('{"order": "https://ca.test/order/1"}')
+        gone = wucme.sweep(str(tmp_path))
+        assert sorted(gone) == sorted(str(tmp_path / name) for name in stale)
+        assert sorted(os.listdir(tmp_path)) == sorted([*spared, "tokens", "wucme_s_x.json"])
+        assert os.listdir(tmp_path / "tokens") == []
+
+    @pytest.mark.parametrize("name", ["wucme_old_tmp", "tokens/old"])
+    def test_a_directory_in_the_way_stops_no_sweep(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / "wucme_c_x.pem_tmp").touch()
+        wucme.sweep(str(tmp_path))
+        assert not (tmp_path / "wucme_c_x.pem_tmp").exists()
+
+    @pytest.mark.parametrize(("state", "first", "own"), [
+        ('{"directory": "https://ca.test/d"}', False, False), ('{"directory": "https://ca.test/d"}', True, False),
+        ('{"directory": "https://other.test/d"}', True, True), ("", True, False), ("", False, True),
+        ("{torn", True, False),
+    ])
+    def test_account_files(self, tmp_path: Path, state: str, first: bool, own: bool) -> None:
+        (tmp_path / "WUCME_K_ACCOUNT.PEM").touch()
+        (tmp_path / "wucme_s_account.json").write_text(state)
+        found = wucme.account_files(str(tmp_path), "home", "https://ca.test/d", first)
+        names = ("wucme_k_account_home.pem", "wucme_s_account_home.json") if own else \
+            ("WUCME_K_ACCOUNT.PEM", "wucme_s_account.json")
+        assert found == wucme.Account(*(str(tmp_path / name) for name in names))
+
+
+# --- 11. load ----------------------------------------------------------------------------------
+
+class TestItems:
+    @pytest.mark.parametrize(("text", "argv", "once"), [
+        ("+", tuple(wucme.STANDARD), True), ("+nginx", ("nginx",), True), ("+ apache", ("apache",), True),
+        ("@/a/b", ("/a/b",), False), ("@ /a/b 'c d' $e", ("/a/b", "c d", "$e"), False),
+        ("$ a | b 'c", ("/bin/sh", "-c", "a | b 'c"), False), ("$a", ("/bin/sh", "-c", "a"), False),
+    ])
+    def test_a_good_item(self, text: str, argv: tuple[str, ...], once: bool) -> None:
+        item = wucme.parse_item(text)
+        assert (item, item.once) == (wucme.Item(text, argv), once)
+
+    @pytest.mark.parametrize(("text", "reason"), [
+        ("+ngnix", "no such server; did you mean nginx?"), ("+nginx apache", "no such server"),
+        ("+x", "knows nginx, apache"), ("@", "whole path"), ("@ b", "whole path"), ("@'/a", "No closing quotation"),
+        ("$", "an item begins with"),
+        ("$ ", "an item begins with"), ("nginx", "an item begins with"), ("/a/b", "an item begins with"),
+        ("!x", "an item begins with"),
+    ])
+    def test_a_bad_item(self, text: str, reason: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            wucme.parse_item(text)
+
+    @bounded
+    @given(lists=st.lists(st.sets(st.sampled_from("gcafbed")).map(
+        lambda some: sorted(some, key="gcafbed".index)), max_size=5))
+    def test_every_list_keeps_its_own_order(self, lists: list[list[str]]) -> None:
+        found = wucme.in_order(lists)
+        assert sorted(found) == sorted({text for one in lists for text in one})
+        for one in lists:
+            assert [text for text in found if text in one] == one
+
+    @pytest.mark.parametrize("lists", [["ab", "ba"], ["aba"], ["abc", "ca"]])
+    def test_lists_that_contradict_each_other_lose_nothing(self, lists: list[str]) -> None:
+        assert sorted(wucme.in_order(lists)) == sorted(set("".join(lists)))
+
+    def test_duties_are_once_for_all_or_once_for_each(self) -> None:
+        texts = ("$ a", "+nginx")
+        items = {text: wucme.parse_item(text) for text in texts}
+        one, two, other = (entry(known(1, 0), load=load)._replace(name=name) for name, load in
+                           (("one", texts), ("two", texts), ("other", ("$ a",))))
+        broken = entry(None, load=texts)
+        found = wucme.duties([one, two, other, broken], items, lambda who, text: (who.name, text) != ("two", "$ a"))
+        assert found == [wucme.Duty(items["$ a"], [one]), wucme.Duty(items["$ a"], [other]),
+                         wucme.Duty(items["+nginx"], [one, two])]
+        assert wucme.duties([one], items, lambda *_: False) == []
+
+    @pytest.mark.parametrize(("argv", "letters", "kept_options"), [
+        (["nginx: master process /usr/sbin/nginx -g daemon off; -c /etc/x.conf -p/srv"], "cp",
+         ["-c", "/etc/x.conf", "-p/srv"]),
+        (["nginx: master process nginx"], "cp", []),
+        (["/usr/sbin/nginx", "-c", "/a b", "-q"], "cp", ["-c", "/a b"]),
+        (["/usr/sbin/apache2", "-d", "/srv", "-k", "start", "-DSSL", "-f", "x.conf", "-D", "FOREGROUND"], "dfDCc",
+         ["-d", "/srv", "-DSSL", "-f", "x.conf", "-D", "FOREGROUND"]),
+        (["apache2", "-"], "d", []), ([""], "c", []),
+    ])
+    def test_the_options_of_a_running_server_are_its_own(self, argv: list[str], letters: str,
+                                                         kept_options: list[str]) -> None:
+        assert wucme.own_options(argv, letters) == kept_options
+
+    @pytest.mark.parametrize(("problem", "output", "text"), [
+        ("", ["said"], ""), ("exit status 1", [], "exit status 1"), ("exit 1", ["a", "b", " "], "exit 1: b"),
+        ("x", ["y" * 999], "x: " + "y" * 497),
+    ])
+    def test_a_problem_comes_with_the_last_that_was_said(self, problem: str, output: list[str], text: str) -> None:
+        assert wucme.with_last_line(wucme.Finished(problem, output)) == text
+
+    def test_what_a_procedure_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "environ", {"PATH": "/opt/bin", "LANG": "C"})
+        found = wucme.load_environment(entry(known(1, 0)), "/d", "alpha")
+        assert found == {
+            "PATH": "/opt/bin:/usr/local/sbin:/usr/sbin:/sbin", "LANG": "C", "WUCME_NAME": "x",
+            "WUCME_NAMES": "www.example.org example.org", "WUCME_CERT": "/d/wucme_c_x.pem",
+            "WUCME_KEY": "/d/wucme_k_x.pem", "WUCME_DIRECTORY": "/d", "WUCME_HOST": "alpha", "WUCME_FINGERPRINT": "f"}
+
+
+@pytest.mark.usefixtures("no_power_cuts")
+class TestLedger:
+    ENTRY = entry(known(1, 0), load=("+nginx", "$ a"))
+
+    def test_what_is_struck_is_not_owed_any_more_and_that_lasts(self, tmp_path: Path) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        assert ledger.owes(self.ENTRY, "+nginx")
+        assert ledger.strike(self.ENTRY, "+nginx", "", NOW)
+        ledger.save()
+        for again in (ledger, wucme.Ledger(str(tmp_path), "alpha")):
+            assert [again.owes(self.ENTRY, item) for item in ("+nginx", "$ a")] == [False, True]
+            assert not again.stranger
+        assert mode(tmp_path / "wucme_l_alpha.json") == 0o600
+        assert wucme.Ledger(str(tmp_path), "beta").owes(self.ENTRY, "+nginx")
+
+    def test_another_certificate_is_owed_anew_and_none_is_not(self, tmp_path: Path) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        ledger.strike(self.ENTRY, "+nginx", "", NOW)
+        other = self.ENTRY._replace(facts=known(1, 0)._replace(fingerprint="g"))
+        assert ledger.owes(other, "+nginx")
+        assert ledger.owes(self.ENTRY._replace(name="y"), "+nginx")
+        assert not ledger.owes(self.ENTRY._replace(facts=None), "$ a")
+
+    def test_a_failure_is_news_once_and_keeps_its_beginning(self, tmp_path: Path) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        news = [ledger.strike(self.ENTRY, "$ a", problem, NOW + at)
+                for at, problem in enumerate(["no", "no", "never", "", "", "no"])]
+        assert news == [True, False, True, True, True, True]
+        assert ledger.records["x"]["$ a"] == wucme.Loaded("f", "no", NOW + 5)
+        ledger.strike(self.ENTRY, "$ a", "other", NOW + 9)
+        assert ledger.records["x"]["$ a"].since == NOW + 5
+
+    def test_a_failure_does_not_undo_what_was_loaded(self, tmp_path: Path) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        ledger.strike(self.ENTRY, "$ a", "", NOW)
+        ledger.strike(self.ENTRY, "$ a", "no", NOW)
+        assert not ledger.owes(self.ENTRY, "$ a")
+
+    def test_items_and_certificates_that_are_gone_are_forgotten(self, tmp_path: Path) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        for name in ("x", "y"):
+            for item in ("+nginx", "$ a"):
+                ledger.strike(self.ENTRY._replace(name=name), item, "", NOW)
+        ledger.forget({"x": entry(known(1, 0), load=("$ a",))})
+        assert {name: list(items) for name, items in ledger.records.items()} == {"x": ["$ a"]}
+
+    def test_another_machine_owes_everything(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        ledger.strike(self.ENTRY, "+nginx", "", NOW)
+        ledger.save()
+        monkeypatch.setattr(wucme, "machine_id", lambda: "another")
+        stranger = wucme.Ledger(str(tmp_path), "alpha")
+        assert (stranger.stranger, stranger.owes(self.ENTRY, "+nginx")) == (True, True)
+        stranger.save()
+        assert not wucme.Ledger(str(tmp_path), "alpha").stranger
+
+    def test_the_machine_is_told_by_a_digest_of_its_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = []
+        for text in (b"one", b"two"):
+            monkeypatch.setattr(wucme, "read", lambda path, text=text: text)
+            found.append(wucme.machine_id())
+        assert len(set(found)) == 2
+        assert all(re.fullmatch("[0-9a-f]{32}", one) for one in found)
+
+    def test_nothing_new_is_not_written(self, tmp_path: Path) -> None:
+        wucme.Ledger(str(tmp_path), "alpha").save()
+        assert os.listdir(tmp_path) == []
+
+    @bounded
+    @given(data=st.binary(max_size=9) | st.one_of(json_values, st.fixed_dictionaries({
+        "machine": st.just(wucme.machine_id()), "certificates": json_values | st.fixed_dictionaries({
+            "x": json_values | st.fixed_dictionaries({"+nginx": json_values | st.tuples(
+                json_values, json_values, json_values)})})})).map(lambda value: json.dumps(value).encode()))
+    def test_a_torn_or_foreign_ledger_owes_everything(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "wucme_l_alpha.json").write_bytes(data)
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        assert ledger.owes(self.ENTRY, "+nginx")
+        for items in ledger.records.values():
+            assert all([type(one) for one in about] == [str, str, float] for about in items.values())
+
+
+# --- 12. report --------------------------------------------------------------------------------
+
+class TestReport:
+    @pytest.mark.parametrize(("states", "tally", "status"), [
+        ([], "0 certs, 0 renewed, 0 failed", 0),
+        (["current"], "1 certs, 0 renewed, 0 failed", 0),
+        (["renewed", "current", "loaded"], "2 certs, 1 renewed, 0 failed", 0),
+        (["failed", "renewed", "failed"], "3 certs, 1 renewed, 2 failed", 1),
+        (["current", "owed"], "1 certs, 0 renewed, 0 failed, 1 owed", 1),
+        (["renewed", "loaded", "owed", "owed"], "1 certs, 1 renewed, 0 failed, 2 owed", 1),
+    ])
+    def test_tally_and_exit_status(self, states: list[str], tally: str, status: int) -> None:
+        found = [wucme.Outcome("x", state) for state in states]
+        report = wucme.Report(193, [one for one in found if one.state not in ("loaded", "owed")],
+                              [one for one in found if one.state in ("loaded", "owed")])
+        assert (report.tally(), report.status, report.news) == (f"193 files, {tally}", status, False)
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_news_of_any_kind_is_news(self, place: int) -> None:
+        lists: list[list[wucme.Outcome]] = [[wucme.Outcome("x", "current")], []]
+        lists[place].append(wucme.Outcome("x", "failed", "no", True))
+        assert wucme.Report(1, *lists).news
+
+    def test_the_keys_of_status_json(self) -> None:
+        decision = wucme.decide(entry(known(90 * DAY, DAY), memory=wucme.Memory(problem="no", failures=1)), NOW)
+        found = wucme.certificate_json(decision, [])
+        assert list(found) == ["name", "file", "names", "issuer", "serial", "fingerprint", "not_before", "not_after",
+                               "due", "reason", "renew_at", "failures", "loads"]
+        assert found["failures"] == {"count": 1, "next": None, "problem": "no"}
+        assert (found["not_before"], found["renew_at"]) == ("2026-02-12T00:20:00Z", "2026-04-13T00:20:00Z")
+        assert json.loads(json.dumps(found)) == found
+
+    def test_the_whole_of_status_json(self, tmp_path: Path) -> None:
+        put(tmp_path, "x")
+        found = wucme.standing(read_text(f"[wucme]\ndirectory = {tmp_path}\nload = $ a\nhost = alpha"), wucme.World(
+            now=lambda: NOW)).about
+        assert list(found) == ["version", "host", "last_run", "certificates"]
+        assert (found["version"], found["host"], found["last_run"]) == (wucme.VERSION, "alpha", None)
+        assert [list(load) for load in found["certificates"][0]["loads"]] == [["item", "state", "since", "problem"]]
+
+    def test_a_certificate_that_is_not_there_has_nulls(self) -> None:
+        found = wucme.certificate_json(wucme.decide(entry(None, names=("a.example",)), NOW), [])
+        assert [found[key] for key in ("names", "due", "not_after", "renew_at")] == [["a.example"], True, None, None]
+
+    @pytest.mark.parametrize(("when", "text"), [
+        (NOW, "2026-02-13T00:20:00Z"), (0, "1970-01-01T00:00:00Z"), (float("inf"), None), (float("nan"), None),
+        (1e30, None)])
+    def test_utc(self, when: float, text: str | None) -> None:
+        assert wucme.utc(when) == text
+
+    @pytest.mark.parametrize(("age", "renew", "line"), [
+        (DAY, "30", "expires in 89 days; renews after 2026-04-13"),
+        (70 * DAY, "30", "expires in 20 days; due: expires in 20 days"),
+        (DAY, "never", "expires in 89 days; renews after never"),
+        (91 * DAY, "30", "expired; due: expired"),
+    ])
+    def test_status_for_a_person(self, in_utc: None, age: float, renew: str, line: str) -> None:
+        decision = wucme.decide(entry(known(90 * DAY, age), renew), NOW)
+        loads = [{"item": "$ \x1b", "state": "owed", "since": None, "problem": "no\nway"}]
+        lines = wucme.certificate_text(decision, wucme.certificate_json(decision, loads), NOW)
+        assert line in lines[0]
+        assert lines[0].startswith("www.example.org")
+        assert "owed: $ \\x1b: no\\nway" in lines[1]
+
+
+# --- shape: what holds of the script as a whole ------------------------------------------------
+
+SOURCE = SCRIPT.read_text("utf-8")
+BANNER = re.compile(r"^# === (\d+)\. ([a-z ]+): .* =+$")
+# What the code of a section may use besides its own and the head (0); types in annotations may be any above.
+LAYERS: dict[int, tuple[str, set[int]]] = {
+    1: ("errors", set()),
+    2: ("world", {1}),
+    3: ("files", {1}),
+    4: ("pem", {1}),
+    5: ("settings", {1, 3, 4}),
+    6: ("inventory", {1, 3, 4}),
+    7: ("plan", {4, 6}),
+    8: ("challenges", {1, 2, 3, 4, 5}),
+    9: ("acme", {1, 2, 4, 7, 8}),
+    10: ("store", {1, 3, 4, 6}),
+    11: ("load", {1, 2, 3, 4, 5}),
+    12: ("report", {1, 7}),
+    13: ("run", set(range(1, 13))),
+    16: ("command line", set(range(1, 14))),
+}
+
+
+class Part(NamedTuple):
+    """A top-level statement of the script, and the number of its section."""
+    section: int
+    node: ast.stmt
+
+
+def parts() -> list[Part]:
+    """The top-level statements, each with its section."""
+    starts = [(line, int(match[1])) for line, text in enumerate(SOURCE.splitlines(), 1)
+              if (match := BANNER.match(text))]
+    return [Part(max(((line, number) for line, number in starts if line < node.lineno), default=(0, 0))[1], node)
+            for node in ast.parse(SOURCE, feature_version=(3, 9)).body]
+
+
+PARTS = parts()
+
+
+def bound(node: ast.stmt) -> set[str]:
+    """The names that a top-level statement defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    return {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+
+
+class Bare(ast.NodeTransformer):
+    """Takes the annotations away."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        return ast.arg(node.arg)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+
+def globals_of(table: symtable.SymbolTable) -> set[str]:
+    """The global names that a piece of code uses, by Python's own rules of scope."""
+    own = {one.get_name() for one in table.get_symbols() if one.is_referenced() and one.is_global()}
+    return own.union(*(globals_of(child) for child in table.get_children()))
+
+
+class Use(NamedTuple):
+    """The global names that a section uses in its code, and in its annotations."""
+    section: int
+    code: set[str]
+    annotations: set[str]
+
+
+@cache
+def uses() -> list[Use]:
+    """What every top-level statement uses."""
+    found = []
+    for section, node in parts():
+        notes = [getattr(one, place, None) for one in ast.walk(node) for place in ("annotation", "returns")]
+        named = {one.id for note in notes if note for one in ast.walk(note) if isinstance(one, ast.Name)}
+        bare = ast.fix_missing_locations(Bare().visit(node))
+        found.append(Use(section, globals_of(symtable.symtable(ast.unparse(bare), "part", "exec")), named))
+    return found
+
+
+HOME = {name: part.section for part in PARTS for name in bound(part.node)}
+
+
+def calls(section: Callable[[int], bool], *names: str) -> list[str]:
+    """Where one of these is called in certain sections."""
+    return [f"line {node.lineno}: {ast.unparse(node.func)}" for part in PARTS if section(part.section)
+            for node in ast.walk(part.node) if isinstance(node, ast.Call) and ast.unparse(node.func) in names]
+
+
+class TestShape:
+    def test_the_sections_are_those_of_the_floor_plan_in_order(self) -> None:
+        banners = [(int(match[1]), match[2]) for line in SOURCE.splitlines() if (match := BANNER.match(line))]
+        assert banners == [(number, name) for number, (name, _) in LAYERS.items()]
+        assert len(SOURCE.split("\n# === ")) == len(LAYERS) + 1
+
+    def test_the_manual_lists_them_in_reading_order(self) -> None:
+        listed = (wucme.__doc__ or "").partition("READING ORDER\n")[2]
+        found = re.findall(r"(?<!\S)(\d+) ([a-z]+(?: [a-z]+)*)", listed)
+        assert [(int(number), name) for number, name in found] == [(one, name) for one, (name, _) in LAYERS.items()]
+
+    @pytest.mark.parametrize("section", LAYERS)
+    def test_a_section_uses_only_what_its_row_names(self, section: int) -> None:
+        allowed = {0, section} | LAYERS[section][1]
+        assert {name: LAYERS[HOME[name]][0] for use in uses() if use.section == section
+                for name in use.code if HOME.get(name, section) not in allowed} == {}
+
+    def test_names_come_from_above_annotations_included(self) -> None:
+        assert [(use.section, name) for use in uses() for name in use.code | use.annotations
+                if use.section and HOME.get(name, 0) > use.section] == []
+
+    def test_no_name_is_defined_twice(self) -> None:
+        names = [name for part in PARTS if isinstance(part.node, (ast.FunctionDef, ast.ClassDef))
+                 for name in bound(part.node)]
+        assert len(names) == len(set(names)) > 100
+
+    def test_only_the_last_sections_print(self) -> None:
+        assert calls(lambda section: section not in (13, 16), "print") == []
+        assert calls(lambda section: section in (13, 16), "print")
+
+    def test_only_files_opens_files_but_for_the_readers_of_proc(self) -> None:
+        openers = ("open", "os.open", "io.open", "os.fdopen", "tempfile.mkstemp")
+        assert len(calls(lambda section: section == 2, *openers)) == 1
+        assert calls(lambda section: section not in (2, 3), *openers) == []
+
+    def test_only_world_and_challenges_touch_processes_and_network(self) -> None:
+        outside = {"subprocess", "socket", "http", "ssl", "socketserver"}
+        text = "".join(f"{part.section} {ast.unparse(part.node)}\n" for part in PARTS if part.section not in (0, 2, 8))
+        assert re.findall(rf"(?m)^.*\b(?:import|from) (?:{'|'.join(outside)})\b.*$", text) == []
+
+    def test_the_head_says_what_it_needs(self) -> None:
+        block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)
+        assert block
+        lines = (line[2:].partition(" = ") for line in block["content"].splitlines())
+        found = {key: ast.literal_eval(value) for key, _, value in lines}
+        assert found == {"requires-python": ">=3.9", "dependencies": ["cryptography>=3.4.8"]}
+
+    def test_the_shipped_ini_is_the_example(self) -> None:
+        assert (SCRIPT.parent / "wucme.ini").read_text("utf-8") == wucme.example_ini()
+
+    def test_an_idle_run_imports_nothing_heavy(self, tmp_path: Path) -> None:
+        now, key = time.time(), new_key()
+        put(tmp_path, "x", INTERMEDIATE.issue(key, "a.example", now=now), key)
+        wucme.remember(str(tmp_path), look(tmp_path), ask_at=time.time() + DAY)
+        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}\n")
+        code = ("import sys, wucme; status = wucme.main(sys.argv[1:]); heavy = ('cryptography', 'ssl', 'http', "
+                "'urllib.request', 'logging', 'dataclasses', 'subprocess', 'asyncio', 'socket'); "
+                "print(status, [name for name in heavy if name in sys.modules])")
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True,
+            env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+        assert (done.stdout, done.stderr) == ("0 []\n", "")
+        assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
 
 
 # === Run: the script as a process, against CAs that are real or hostile ========================
@@ -119,19 +2792,6 @@ def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
             for path in sorted(directory.rglob("*"))}
 
 
-def mode(path: Path) -> int:
-    """The permission bits of a file."""
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def wait_until(true: Callable[[], object], seconds: float = 15) -> None:
-    """Wait for something to become true."""
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "it never became true"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="session")
 def pebble(tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Pebble]:
     """The test CA, one for all tests."""
@@ -181,7 +2841,7 @@ class TestPebble:
         assert f"certificate: {host.chain()}" in done.out
         assert "the load list is empty" in done.out
         assert (mode(host.chain()), mode(host.key())) == (0o644, 0o600)
-        assert mode(host.directory / "wucme_k_account.pem") == 0o600
+        assert [mode(path) for path in host.directory.glob("wucme_k_account*.pem")] == [0o600]
         assert f"listen = 127.0.0.1:{pebble.http_port}" in host.ini.read_text()
         assert host.run("renew", "--force").status == 0, "the ini that was written serves the renewal"
         assert not host.left()
@@ -888,11 +3548,6 @@ class TestInterruption:
         assert "Traceback" not in done.stderr
         assert lab.pair() == before
         assert lab.run().status == 0
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs."""
-    return wucme.proc_text(pid, "stat").rpartition(") ")[2][:1] not in ("", "Z")
 
 
 @pytest.mark.process

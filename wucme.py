@@ -67,8 +67,8 @@ EXIT STATUS
   or if no run was seen for two days.
 
 SECURITY
-  Made to run as root. It reads the ini and its directory, writes nowhere else, contacts the CA
-  (https only, always verified) and runs what the load list says. It listens on the challenge port
+  Made to run as root. It reads the ini and its directory, writes to these and its log alone, contacts
+  the CA (https only, always verified) and runs what the load list says. It listens on the challenge port
   only while an order runs, and answers there from memory. Keys are 0600 from the first byte; an
   ini, a script or a procedure that anyone may write is refused.
 
@@ -120,8 +120,10 @@ Json = dict[str, Any]
 #   SettingsError   usage or ini: exit 2, before anything is touched
 #   FileError       the directory or a file of it
 #   PemError        a certificate or a key is not what it should be
+#     KeyKindError    a key is one that cannot be used here
 #   ListenerError   the challenge cannot be answered from here
-#   NetworkError    the CA was not reached, or did not speak ACME
+#   NetworkError    the CA was not reached, or is out of order
+#     ProtocolError   it did not speak ACME, or of something else
 #   AcmeError       the CA said no
 # Each is raised where it is known and caught twice: once for each certificate, and in main.
 
@@ -141,12 +143,20 @@ class PemError(WucmeError):
     """A certificate or key does not parse, or does not fit."""
 
 
+class KeyKindError(PemError):
+    """A private key that is whole, and of no use here."""
+
+
 class ListenerError(WucmeError):
     """Nothing here can answer the challenge."""
 
 
 class NetworkError(WucmeError):
-    """The CA could not be reached, or what came back is not ACME."""
+    """The CA could not be reached, or cannot do its work now."""
+
+
+class ProtocolError(NetworkError):
+    """What came back is not ACME, or not what was asked for."""
 
 
 class AcmeError(WucmeError):
@@ -170,7 +180,8 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return printable(f"{where}{error.strerror}")
-    return printable(str(error) or type(error).__name__)
+    kind = "" if isinstance(error, (WucmeError, OSError)) else f"internal error, {type(error).__name__}: "
+    return printable(f"{kind}{error}")
 
 
 # === 2. world: clock, log, network, processes ==================================================
@@ -218,7 +229,7 @@ class Log:
     @staticmethod
     def show(line: str) -> None:
         """Print to stderr, whatever became of it."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             sys.stderr.write(line)
             sys.stderr.flush()
 
@@ -233,6 +244,14 @@ class Response(NamedTuple):
     body: bytes
 
 
+def time_left(until: float) -> float:
+    """The seconds to a deadline; TimeoutError when it is over."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("deadline")
+    return min(left, 3600.0)
+
+
 def tls_context(ca_file: str) -> Any:
     """A verifying TLS context whose sockets give up at `until` however slowly bytes drip in."""
     import ssl
@@ -241,7 +260,7 @@ def tls_context(ca_file: str) -> Any:
         until = float("inf")
 
         def recv_into(self, *args: Any, **more: Any) -> int:
-            self.settimeout(max(0.01, min(3600.0, self.until - time.monotonic())))
+            self.settimeout(time_left(self.until))
             return super().recv_into(*args, **more)
 
     try:
@@ -262,7 +281,7 @@ def dial(until: float, *arguments: Any) -> Any:
 
     class Socket(socket.socket):
         def recv_into(self, *args: Any, **more: Any) -> int:
-            self.settimeout(max(0.01, until - time.monotonic()))
+            self.settimeout(time_left(until))
             return super().recv_into(*args, **more)
 
     plain = socket.create_connection(*arguments)
@@ -283,7 +302,7 @@ def network_reason(error: Exception, timeout: float) -> str:
         return f"the name does not resolve ({error.strerror})"
     if isinstance(error, (TimeoutError, socket.timeout)):
         return f"no whole answer within {timeout:g} s"
-    return sentence(error)
+    return sentence(error) if isinstance(error, OSError) else printable(str(error) or type(error).__name__)
 
 
 class Http:
@@ -332,7 +351,7 @@ class Http:
             kept = at.netloc in self.kept
             try:
                 return self.attempt(method, at, body, headers or {})
-            except (http.client.HTTPException, OSError, UnicodeError) as error:
+            except (http.client.HTTPException, OSError, ValueError) as error:
                 self.drop(at.netloc)
                 # A kept connection may have been closed meanwhile: once more on a new one.
                 if not kept or isinstance(error, (TimeoutError, socket.timeout)):
@@ -396,9 +415,9 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
     try:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.STDOUT,
                                    env=dict(env), cwd=cwd, start_new_session=True, umask=umask)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         os.close(ours)
-        return Finished(f"cannot be run: {error.strerror}", [])
+        return Finished(f"cannot be run: {getattr(error, 'strerror', None) or error}", [])
     finally:
         os.close(theirs)
     reader = threading.Thread(target=drain, args=(ours, kept), daemon=True)
@@ -500,6 +519,16 @@ REAL = World()
 # === 3. files: the only disk ===================================================================
 # Nothing is written over: a file is made beside its target, flushed to the disk, and renamed. Modes
 # are set at creation, before the first byte.
+
+def file_label(name: str) -> str:
+    """NAME as it stands in file names: *. becomes _. and : becomes -."""
+    return name.lower().replace("*.", "_.").replace(":", "-")
+
+
+def reserved(label: str) -> bool:
+    """Whether NAME is taken by the account files."""
+    return label == "account" or label.startswith("account_")
+
 
 def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
@@ -605,13 +634,28 @@ def link(to: str, path: str, by: str) -> None:
 
 
 def back_up(path: str, target: str) -> None:
-    """Keep the present content of a path under another name: a second link, or a copy."""
+    """Keep the present content of a path under another name: a second link, or (with a key in it) a private copy."""
     remove(target)
-    if not os.path.islink(path):
+    content = read(path)
+    secret = b"PRIVATE KEY" in content
+    if not secret and not os.path.islink(path):
         with contextlib.suppress(OSError):
             os.link(path, target)
             return
-    create(target, read(path), owner(path, 0o600))
+    create(target, content, OURS if secret else owner(path, 0o600))
+
+
+def secure_streams() -> None:
+    """Give what was closed a place to go, so that no file of ours takes the number of a standard stream."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
 
 
 def anyone_may_write(path: str) -> bool:
@@ -620,6 +664,25 @@ def anyone_may_write(path: str) -> bool:
         return bool(os.stat(path).st_mode & stat.S_IWOTH)
     except OSError:
         return False
+
+
+def open_append(path: str) -> int:
+    """The descriptor of a regular file to add lines to, private if it is new; OSError if it is anything else."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
+
+
+def read_json(path: str) -> Json:
+    """A state file; what is not there, torn, or foreign counts as empty."""
+    try:
+        found = json.loads(read(path, 1 << 26))
+    except (FileError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def make_directory(path: str) -> None:
@@ -635,7 +698,7 @@ def make_directory(path: str) -> None:
 
 def take_lock(path: str) -> int | None:
     """The descriptor that holds the lock, or None while another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -652,8 +715,9 @@ def take_lock(path: str) -> int | None:
 
 KEY_KINDS = ("ecdsa-p256", "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096")
 CHAIN_LENGTH = 10               # certificates; no CA sends more
+TOKEN = re.compile(r"[A-Za-z0-9_-]{1,256}")      # base64url, as challenges and nonces are
 SKEW_SECONDS = 300              # how far our clock and the CA's may differ
-PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s.*?-----END \1-----", re.S)
+PEM_BEGIN = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s")
 HOST_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 
@@ -670,28 +734,42 @@ class Facts(NamedTuple):
     ari: str                    # its name in renewalInfo (RFC 9773 section 4.1), "" if it can have none
 
 
-def blocks(pem: bytes, *labels: bytes) -> list[bytes]:
-    """The PEM blocks with one of these labels, line ends made plain, each ended by a newline."""
-    return [match[0].replace(b"\r", b"") + b"\n" for match in PEM_BLOCK.finditer(pem) if match[1] in labels]
+def pem_blocks(pem: bytes) -> Iterator[tuple[str, bytes]]:
+    """Label and text of each PEM block (RFC 7468), line ends made plain; in one pass, whatever the text holds."""
+    at = 0
+    while begin := PEM_BEGIN.search(pem, at):
+        closing = b"-----END " + begin[1] + b"-----"
+        stop = pem.find(closing, begin.end())
+        if stop < 0:
+            return
+        at = stop + len(closing)
+        yield begin[1].decode(), pem[begin.start():at].replace(b"\r", b"") + b"\n"
+
+
+def blocks(pem: bytes, *labels: str) -> list[bytes]:
+    """The PEM blocks with one of these labels."""
+    return [text for label, text in pem_blocks(pem) if label in labels]
 
 
 def certificates(pem: bytes) -> list[bytes]:
     """The certificates of a PEM text, in its order."""
-    return blocks(pem, b"CERTIFICATE")
+    return blocks(pem, "CERTIFICATE")
 
 
 def private_key(pem: bytes) -> bytes:
     """The private key of a PEM text; b"" where there is none."""
-    found = blocks(pem, b"PRIVATE KEY", b"EC PRIVATE KEY", b"RSA PRIVATE KEY", b"ENCRYPTED PRIVATE KEY")
+    found = blocks(pem, "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY")
     return found[0] if found else b""
 
 
 def parse_certificate(pem: bytes) -> x509.Certificate:
-    """One certificate; PemError where it is none."""
+    """One certificate, its extensions too; PemError where it is none."""
     from cryptography import x509
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+        found = x509.load_pem_x509_certificate(pem)
+        list(found.extensions)
+        return found
+    except Exception as error:      # cryptography has several of its own for what is none
         raise PemError(f"not a certificate: {printable(str(error))[:100]}") from error
 
 
@@ -702,11 +780,12 @@ def parse_key(pem: bytes) -> PrivateKey:
     try:
         key = serialization.load_pem_private_key(private_key(pem), None)
     except TypeError as error:
-        raise PemError("the private key is encrypted; wucme needs it in the clear") from error
+        raise KeyKindError("the private key is encrypted; wucme needs it in the clear") from error
     except Exception as error:      # cryptography has several of its own for what is no key
-        raise PemError(f"not a private key: {printable(str(error))[:100]}") from error
+        raise PemError("holds no whole private key" if private_key(pem) else "holds no private key") from error
     if not isinstance(key, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey)):
-        raise PemError(f"a private key of a kind that CAs do not take ({type(key).__name__.strip('_')})")
+        raise KeyKindError(f"a private key of a kind that CAs do not take ({type(key).__name__.strip('_')}); "
+                           "put an EC or RSA pair there, or move this one elsewhere")
     return key
 
 
@@ -760,7 +839,7 @@ def alternative_names(certificate: x509.Certificate) -> tuple[str, ...]:
     from cryptography import x509
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, ValueError):
+    except x509.ExtensionNotFound:
         return ()
     return tuple(str(name.value).lower() for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
 
@@ -799,7 +878,7 @@ def facts(chain: bytes) -> Facts:
         return Facts(alternative_names(leaf), not_before, not_after, issuer, f"{leaf.serial_number:x}",
                      hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest(),
                      key_hash(public), key_kind(public), certificate_id(leaf))
-    except (ValueError, OverflowError) as error:
+    except Exception as error:      # of what may stand in a certificate not all is known to cryptography
         raise PemError(f"a certificate that cannot be read: {printable(str(error))[:100]}") from error
 
 
@@ -849,10 +928,11 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
         if theirs is not None and theirs != own:
             return False
     public, algorithm = issuer.public_key(), certificate.signature_hash_algorithm
+    pss = x509.SignatureAlgorithmOID.RSASSA_PSS     # its parameters cannot be had from old releases
     try:
         if isinstance(public, ec.EllipticCurvePublicKey) and algorithm:
             public.verify(certificate.signature, certificate.tbs_certificate_bytes, ec.ECDSA(algorithm))
-        elif isinstance(public, rsa.RSAPublicKey) and algorithm:
+        elif isinstance(public, rsa.RSAPublicKey) and algorithm and certificate.signature_algorithm_oid != pss:
             public.verify(certificate.signature, certificate.tbs_certificate_bytes, padding.PKCS1v15(), algorithm)
     except InvalidSignature:
         return False
@@ -901,21 +981,12 @@ def gmt(when: float) -> str:
 
 def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float) -> list[str]:
     """Refuse (PemError) a chain that must not go live; the names that it has beyond those asked for."""
-    from cryptography import x509
-    others = {match[1].decode() for match in PEM_BLOCK.finditer(chain)} - {"CERTIFICATE"}
+    others = {label for label, _ in pem_blocks(chain)} - {"CERTIFICATE"}
     if others:
         raise PemError(f"the CA sent more than certificates ({', '.join(sorted(others))})")
     found = [parse_certificate(pem) for pem in certificates(chain)]
-    for one in found:
-        try:
-            for extension in one.extensions:
-                pass
-        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
-            raise PemError(f"the CA sent a certificate that cannot be read: {printable(str(error))[:100]}") from error
-    if not found:
-        raise PemError("the CA sent no certificate")
-    if len(found) > CHAIN_LENGTH:
-        raise PemError(f"the CA sent a chain of {len(found)} certificates")
+    if not 0 < len(found) <= CHAIN_LENGTH:
+        raise PemError(f"the CA sent {f'a chain of {len(found)} certificates' if found else 'no certificate'}")
     leaf = facts(chain)
     if is_authority(found[0]):
         raise PemError("the certificate that the CA sent is a CA's")
@@ -1006,8 +1077,11 @@ class Renewal(NamedTuple):
 
 def a_url(text: str) -> str:
     """An https URL, or none."""
-    if text and not text.startswith("https://"):
-        raise ValueError("must begin with https://")
+    import urllib.parse
+    if text:
+        at = urllib.parse.urlsplit(text)
+        if at.scheme != "https" or not at.hostname or at.port == 0:
+            raise ValueError("must be an https:// URL")
     return text
 
 
@@ -1052,6 +1126,13 @@ def a_duration(text: str) -> float:
     return float(match[1]) * SECONDS[match[2]]
 
 
+def a_limit(text: str) -> float:
+    """A duration of a second or more."""
+    if not a_duration(text):
+        raise ValueError("must be at least 1s")
+    return a_duration(text)
+
+
 def a_renewal(text: str) -> Renewal:
     """auto, never, a duration, a bare number of days, or a percentage of the lifetime."""
     if text in ("auto", "never"):
@@ -1092,9 +1173,10 @@ def some_lines(text: str) -> tuple[str, ...]:
 
 def some_servers(text: str) -> tuple[str, ...]:
     """Names or URLs of CAs, one at least."""
-    if not text.split():
+    words = some_words(text)
+    if not words:
         raise ValueError("must name a CA")
-    return some_words(text)
+    return tuple(a_url(word) if "://" in word else word for word in words)
 
 
 def some_names(text: str) -> tuple[str, ...]:
@@ -1121,9 +1203,9 @@ class RunScope(NamedTuple):
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each", "NUMBER")
     workers: int = setting(a_number, "4", "how many certificates are obtained side by side", "NUMBER")
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end", "DURATION")
-    timeout: float = setting(a_duration, "20s", "the longest that one request to the CA may take, in all",
+    timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all",
                              "DURATION")
-    deadline: float = setting(a_duration, "2m", "the longest that one certificate may take; a later run goes "
+    deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
                               "on with its order", "DURATION")
     host: str = setting(a_label, "", "this host's name in a directory that several share; default: the host "
                         "name", "NAME")
@@ -1132,8 +1214,8 @@ class RunScope(NamedTuple):
 class CertificateScope(NamedTuple):
     """Settings of one certificate."""
     server: tuple[str, ...] = setting(
-        some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, or "
-        "the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
+        some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, "
+        "or the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
         "reached, or has refused three times", "SERVER...")
     names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
@@ -1150,7 +1232,7 @@ class CertificateScope(NamedTuple):
         "the CA asks at port 80, or whatever your router makes of it", "ADDRESS:PORT")
     load: tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
                                     "LOAD LIST", "ITEM")
-    load_timeout: float = setting(a_duration, "5m", "the longest that one item of load may take", "DURATION")
+    load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take", "DURATION")
 
 
 class ServerScope(NamedTuple):
@@ -1238,6 +1320,10 @@ def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     """The sections of an ini as texts; SettingsError with file and line for what is not one."""
     import configparser
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
+    for number, line in enumerate(source.text.splitlines(), 1):
+        if "\0" in line or (line.startswith("[") and not line.rstrip().endswith("]")):
+            raise SettingsError(f"{source.path}:{number}: {printable(line)!r}: nothing may stand behind a section's "
+                                "title, and no NUL anywhere")
     try:
         parser.read_string(source.text)
     except configparser.Error as error:
@@ -1275,7 +1361,12 @@ def default_values(scope: Any) -> dict[str, Any]:
 
 def default_directory() -> str:
     """Where certificates are kept unless the settings say otherwise."""
-    return "/etc/wucme" if os.geteuid() == 0 else os.path.expanduser("~/.wucme")
+    if os.geteuid() == 0:
+        return "/etc/wucme"
+    found = os.path.expanduser("~/.wucme")
+    if found.startswith("~"):
+        raise SettingsError("this user has no home directory; set directory = PATH, or --directory")
+    return found
 
 
 def find_ini(named: str) -> str:
@@ -1319,16 +1410,6 @@ def check_keys(source: Source, title: str, texts: Mapping[str, str], scopes: Seq
         raise SettingsError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
 
 
-def file_label(name: str) -> str:
-    """NAME as it stands in file names: *. becomes _. and : becomes -."""
-    return name.lower().replace("*.", "_.").replace(":", "-")
-
-
-def reserved(label: str) -> bool:
-    """Whether NAME is taken by the account files."""
-    return label == "account" or label.startswith("account_")
-
-
 def read_section(source: Source, title: str, texts: dict[str, str], default: CertificateScope,
                  options: dict[str, Any]) -> Section:
     """The section of one certificate, over the defaults and under the options of this call."""
@@ -1358,8 +1439,6 @@ def find_server(settings: Settings, name: str, title: str = "wucme") -> tuple[st
         return label, settings.other_server._replace(url=name)
     if found is not None:
         raise SettingsError(f"{settings.source.where(f'server {name}')}: [server {name}] needs a url")
-    if "://" in name:
-        raise SettingsError(f"{where}: server = {name}: only https:// is used")
     raise SettingsError(f"{where}: server = {name}: no such CA{nearest(name, settings.servers)} Known are "
                         f"{', '.join(settings.servers)}, or give the URL of its ACME directory")
 
@@ -1431,15 +1510,17 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
     if known and len(wanted) > 1 and set(known.values.names) != set(wanted):
         raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
                             f"has ({' '.join(known.values.names)}); change them there")
-    if not known:
-        own = frozenset({"names", *options} & set(CertificateScope._field_defaults))
-        known = Section(wanted[0], settings.default._replace(names=wanted), own)
-    return settings._replace(sections={**settings.sections, label: known}), label
+    given = pick(Source("", ""), "", options, CertificateScope)
+    known = known or Section(wanted[0], settings.default._replace(names=wanted), frozenset({"names"}))
+    section = known._replace(values=known.values._replace(**given), own=known.own | set(given))
+    lists = {**settings.lists, **{line: "" for line in section.values.load if line not in settings.lists}}
+    return settings._replace(sections={**settings.sections, label: section}, lists=lists), label
 
 
 def keep_options(source: Source, path: str, section: Section, options: Mapping[str, str]) -> list[str]:
     """Write the options of a first issue into the ini, so that renewals do the same; lines that say so."""
     plain = read_settings(source, {})
+    options = {key: a_path(text) if SETTINGS[key].kind is a_path else text for key, text in options.items()}
     own = {key: text for key, text in options.items() if key in CertificateScope._field_defaults
            and SETTINGS[key].kind(text) != getattr(plain.default, key)}
     common = {key: text for key, text in options.items() if key not in CertificateScope._field_defaults
@@ -1451,15 +1532,19 @@ def keep_options(source: Source, path: str, section: Section, options: Mapping[s
         parts.append(ini_section("wucme", common))
     elif common:
         lines.append(f"for renewals, write into {path} yourself: "
-                     + "; ".join(f"{key} = {text}" for key, text in common.items()))
+                     + "; ".join(f"{key} = {'...' if '@' in text and key == 'proxy' else text}"
+                                 for key, text in common.items()))
     if own and file_label(section.title) in plain.sections:
         lines.append(f"[{section.title}] stands in {path} already; for renewals, change it there")
     elif own:
         parts.append(ini_section(section.title, {"names": " ".join(section.values.names), **own}))
     if parts:
-        make_directory(os.path.dirname(path))
-        replace(path, "\n".join(before + parts).encode(), 0o644)
-        lines.append(f"for renewals, the options were written to {path}")
+        try:
+            make_directory(os.path.dirname(path))
+            replace(path, "\n".join(before + parts).encode(), 0o600 if "@" in common.get("proxy", "") else 0o644)
+            lines.append(f"for renewals, the options were written to {path}")
+        except OSError as error:
+            lines.append(f"{sentence(error)}; for renewals, write this into an ini yourself:\n" + "\n".join(parts))
     return lines
 
 
@@ -1553,15 +1638,6 @@ def state_path(directory: str, name: str) -> str:
     return os.path.join(directory, f"wucme_s_{name.lower()}.json")
 
 
-def read_json(path: str) -> Json:
-    """A state file; what is not there, torn, or foreign counts as empty."""
-    try:
-        found = json.loads(read(path, 1 << 26))
-    except (FileError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
@@ -1594,8 +1670,10 @@ def look(entry: Entry) -> Entry:
     except FileError as error:
         fault, blocked = str(error), os.path.lexists(path)
     except PemError as error:
-        fault = f"{path}: {error}"
+        fault, blocked = f"{path}: {error}", isinstance(error, KeyKindError)
     about = memory.facts
+    if about and not about.names and not entry.wanted.names:
+        fault, blocked = f"{entry.chain}: names nothing in its subjectAltName; declare it, with names = ...", True
     return entry._replace(memory=memory, facts=about, fault=fault, blocked=blocked,
                           fits=not fault and about is not None and memory.key_hash == about.key)
 
@@ -1618,7 +1696,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
             files += 1
             if name[:6].lower() == "wucme_":
                 present[name.lower()] = name
-                if CERTIFICATE_FILE.fullmatch(name):
+                if CERTIFICATE_FILE.fullmatch(name) and not reserved(name[8:-4].lower()):
                     found.append(name)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
@@ -1693,8 +1771,9 @@ def wanted_names(entry: Entry) -> tuple[str, ...]:
 
 def changed(entry: Entry, about: Facts) -> str:
     """How a certificate differs from what its own section asks for, or ""."""
-    ordered = entry.memory.names or about.names
-    if "names" in entry.own and set(entry.wanted.names) not in (set(ordered), set(about.names)):
+    # A CA may add names of its own: then what was ordered counts.
+    extra = set(entry.wanted.names) == set(entry.memory.names) and set(entry.wanted.names) <= set(about.names)
+    if "names" in entry.own and set(entry.wanted.names) != set(about.names) and not extra:
         return f"its names are now {' '.join(entry.wanted.names)}"
     if "profile" in entry.own and entry.memory.server and entry.wanted.profile != entry.memory.profile:
         return f"its profile is now {entry.wanted.profile or 'the default'}"
@@ -1761,7 +1840,6 @@ def dates(decision: Decision, now: float) -> str:
 # Each is in tokens/ too while its order runs. Sockets have a deadline, and the oldest goes first.
 
 WELL_KNOWN = "/.well-known/acme-challenge/"
-TOKEN = re.compile(r"[A-Za-z0-9_-]{1,256}")
 OPEN_CONNECTIONS = 256
 CONNECTION_SECONDS = 10.0
 REQUEST_BYTES = 8192
@@ -2093,7 +2171,7 @@ def read_object(response: Response, url: str) -> Json:
         found = None
     if not isinstance(found, dict):
         start = response.body[:60].decode("utf-8", "replace")
-        raise NetworkError(f"{url}: no JSON object came, but {len(response.body)} bytes: {printable(start)!r}")
+        raise ProtocolError(f"{url}: no JSON object came, but {len(response.body)} bytes: {printable(start)!r}")
     return found
 
 
@@ -2246,7 +2324,7 @@ class Client:
                 return value
         except ValueError:
             pass
-        raise NetworkError(f"{self.url}: the CA gave {printable(repr(value))[:100]} as its {what}, "
+        raise ProtocolError(f"{self.url}: the CA gave {printable(repr(value))[:100]} as its {what}, "
                            "not an https URL of its own host")
 
     def nonce(self) -> str:
@@ -2363,11 +2441,11 @@ class Client:
         values = {str(part.get("value")).lower() for part in (parts if isinstance(parts, list) else [])
                   if isinstance(part, dict)}
         if values != set(names):
-            raise NetworkError(f"{url}: the CA made an order for {printable(' '.join(sorted(values)))[:200]}, "
+            raise ProtocolError(f"{url}: the CA made an order for {printable(' '.join(sorted(values)))[:200]}, "
                                f"not for {' '.join(names)}")
         urls = found.get("authorizations")
         if not isinstance(urls, list) or not 1 <= len(urls) <= len(names):
-            raise NetworkError(f"{url}: the CA wants {len(urls) if isinstance(urls, list) else 'no'} "
+            raise ProtocolError(f"{url}: the CA wants {len(urls) if isinstance(urls, list) else 'no'} "
                                f"authorizations for {len(names)} names")
         certificate, error = found.get("certificate"), found.get("error")
         return Order(url, str(found.get("status")), tuple(self.own_url(one, "authorization") for one in urls),
@@ -2381,7 +2459,7 @@ class Client:
         who = found.get("identifier")
         name = str(who.get("value") if isinstance(who, dict) else "").lower()
         if name not in {one[2:] if one.startswith("*.") else one for one in names}:
-            raise NetworkError(f"{url}: the CA wants an authorization for {printable(name)[:100]!r}, not asked for")
+            raise ProtocolError(f"{url}: the CA wants an authorization for {printable(name)[:100]!r}, not asked for")
         challenge, errors = None, []
         listed = found.get("challenges")
         for one in listed if isinstance(listed, list) else []:
@@ -2392,7 +2470,7 @@ class Client:
             if one.get("type") == "http-01":
                 token = one.get("token")
                 if not isinstance(token, str) or not TOKEN.fullmatch(token):
-                    raise NetworkError(f"{url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
+                    raise ProtocolError(f"{url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
                 challenge = Challenge(self.own_url(one.get("url"), "challenge"), token, str(one.get("status")))
         return Authorization(name, str(found.get("status")), challenge, tuple(errors))
 
@@ -2519,7 +2597,7 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     """The steps that make a checked chain and its key the live pair of an entry."""
     chain_pem = b"".join(certificates(chain))
     old_key = private_key(read(entry.key)) if entry.whole else b""
-    linked = os.path.islink(entry.key)
+    linked = os.path.islink(entry.key) and os.readlink(entry.key) in (entry.chain, os.path.basename(entry.chain))
     same = entry.whole and old_key == private_key(key)
     steps = [Step(f"backed up {path} as {path}_{stamp}", back_up, (path, f"{path}_{stamp}"))
              for path, wanted in ((entry.key, not same and not linked), (entry.chain, True))
@@ -2529,10 +2607,14 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     if linked or (os.path.exists(entry.chain) and private_key(read(entry.chain))):
         public = public._replace(mode=0o644)
     plain = put(entry.chain, chain_pem, public)
+    own_key = put(entry.key, key, secret)
+    waiting = f"{entry.key}_tmp"
+    if os.path.exists(waiting) and read(waiting) == key:
+        del own_key[0]              # it waits there, and is the only copy
     if same and not linked and not entry.wanted.rotate:
         return steps + plain
     if not entry.whole and not entry.wanted.rotate:
-        return steps + put(entry.key, key, secret) + plain
+        return steps + own_key + plain
     # The key changes under a live pair: through one file that holds both, and a link to it.
     if entry.whole and not linked:
         steps += put(entry.chain, old_key + b"".join(certificates(read(entry.chain))), secret)
@@ -2544,7 +2626,7 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     if entry.whole:
         steps += put(entry.chain, key + chain_pem, secret)
     if not entry.wanted.rotate:
-        steps += put(entry.key, key, secret) + plain
+        steps += own_key + plain
     return steps
 
 
@@ -2564,17 +2646,19 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     return entry._replace(memory=memory, written=memory)
 
 
-def sweep(directory: str, kept: Iterable[str]) -> list[str]:
-    """Delete what a killed run left: files never made live, but for those kept, and published tokens."""
-    keep = set(kept)
+def sweep(directory: str) -> list[str]:
+    """Delete what a killed run left: files never made live, and published tokens; a key whose order goes on stays."""
     stale = [os.path.join(directory, name) for name in os.listdir(directory)
-             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not name.startswith("wucme_k_account")]
+             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not name.startswith("wucme_k_account")
+             and not (name[6:8].lower() == "k_" and read_memory(state_path(directory, name[8:-8])).order)]
     tokens = os.path.join(directory, "tokens")
-    if os.path.isdir(tokens):
-        stale += [os.path.join(tokens, name) for name in os.listdir(tokens)]
-    gone = [path for path in stale if path not in keep and (os.path.islink(path) or not os.path.isdir(path))]
-    for path in gone:
-        remove(path)
+    if os.path.isdir(tokens) and not os.path.islink(tokens):
+        stale += [os.path.join(tokens, name) for name in os.listdir(tokens) if TOKEN.fullmatch(name)]
+    gone = []
+    for path in stale:
+        with contextlib.suppress(OSError):      # not ours: a directory, say
+            os.unlink(path)
+            gone.append(path)
     return gone
 
 
@@ -2771,8 +2855,9 @@ def test_server(kind: Standard, master: Process, timeout: float, world: World) -
     program = proc_link(master.pid, "exe").replace(" (deleted)", "")
     variables = (pair.partition("=") for pair in proc_text(master.pid, "environ").split("\0"))
     environment = {name: value for name, equals, value in variables if equals} or child_environment()
+    where = proc_link(master.pid, "cwd")
     argv = [program or kind.commands[0], *kind.test, *own_options(master.argv, kind.options)]
-    return world.command(argv, environment, timeout, cwd=proc_link(master.pid, "cwd") or "/")
+    return world.command(argv, environment, timeout, cwd=where if os.path.isdir(where) else "/")
 
 
 def with_last_line(finished: Finished) -> str:
@@ -2932,6 +3017,7 @@ class Request(NamedTuple):
     ini: str = ""                       # the ini that was named
     staging: bool = False
     reason: str = "unspecified"         # of a revocation
+    quiet: bool = False
 
 
 Ending = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
@@ -2979,8 +3065,9 @@ def locked(run: RunScope, world: World) -> Iterator[None]:
         world.sleep(0.25)
     try:
         about = {"pid": os.getpid(), "host": run.host, "since": utc(world.now())}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        with contextlib.suppress(OSError):      # it is for the others to read; the lock holds without
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(about).encode(), 0)
         yield
     finally:
         os.close(descriptor)
@@ -3045,8 +3132,7 @@ def account_key(account: Account) -> PrivateKey:
     """The key of an account, made if there is none."""
     if not os.path.exists(account.key):
         log(f"making an account key, {account.key}")
-        create(account.key, key_pem(new_key("ecdsa-p256")))
-        sync_directory(account.key)
+        replace(account.key, key_pem(new_key("ecdsa-p256")))
     log(f"loading key from {account.key}")
     try:
         return parse_key(read(account.key))
@@ -3079,9 +3165,10 @@ def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world:
     state = read_json(account.state)
     if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
         finish_key_change(client, account, who)
-    if state.get("directory") == server.url and isinstance(state.get("account"), str):
-        client.account = client.own_url(state["account"], "account")
-    elif not client.register(who, server.agree):
+    if state.get("directory") == server.url:
+        with contextlib.suppress(ProtocolError):
+            client.account = client.own_url(state.get("account"), "account")
+    if not client.account and not client.register(who, server.agree):
         terms = client.directory.terms
         if terms and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
             raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
@@ -3095,7 +3182,7 @@ def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
     """The order that an earlier run could not finish, else a new one."""
     client, memory = by.client, entry.memory
     if memory.order and memory.order_server == client.url:
-        with contextlib.suppress(WucmeError):
+        with contextlib.suppress(AcmeError, ProtocolError):
             order, _ = client.fetch_order(client.own_url(memory.order, "order"), names)
             if order.status in ("pending", "ready", "processing", "valid"):
                 log(f"{names[0]}: taking up the order {order.url}")
@@ -3134,10 +3221,10 @@ def obtain(entry: Entry, by: Opened, answers: Answers, run: RunScope, until: flo
     client, names = by.client, wanted_names(entry)
     order = start_order(by, entry, names)
     key = choose_key(entry, order.url == entry.memory.order)
+    entry = remember(run.directory, entry, order=order.url, order_server=client.url)
     if not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash:
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
-    entry = remember(run.directory, entry, order=order.url, order_server=client.url)
     order = authorize(client, order, names, answers, until)
     first = finish(client, order, names, signing_request(key, names), until)
     chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
@@ -3167,7 +3254,7 @@ class Clients:
             if word not in table:
                 try:
                     table[word] = make()
-                except (WucmeError, OSError) as error:
+                except Exception as error:
                     table[word] = error
             if isinstance(table[word], Exception):
                 raise table[word]
@@ -3234,6 +3321,8 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
         prune(path, run.backups)
     log(f"wuCME successful {entry.title} {'renewal' if entry.facts else 'issue'}")
     found = look(entry)
+    if not found.whole:
+        raise FileError(f"{found.fault or entry.key}: the new pair does not fit on the disk")
     with contextlib.suppress(OSError):      # it is live: what follows must not undo that
         remember(run.directory, found, server=obtained.server, names=tuple(names), order="", order_server="",
                  profile=entry.wanted.profile, problem="", failures=0, retry_at=0.0, held_until=0.0, window=(),
@@ -3247,7 +3336,7 @@ def own_share(run: RunScope, entry: Entry) -> float:
     return int(hashlib.sha256(f"{run.host} {entry.name}".encode()).hexdigest()[:8], 16) / 0xffffffff
 
 
-def fail(entry: Entry, error: WucmeError | OSError, run: RunScope, now: float) -> Outcome:
+def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
     """Note why a certificate failed; only a CA's refusal counts for the ladder, and ends the order."""
     problem = sentence(error)
     news = problem != entry.memory.problem
@@ -3309,9 +3398,13 @@ def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[str, Any]]:
 
 def check_challenge(entry: Entry, refused: Mapping[tuple[str, int], str]) -> None:
     """Refuse, before any order, a certificate whose challenge cannot be answered from here."""
-    wild = [name for name in wanted_names(entry) if name.startswith("*.")]
-    if wild:
-        raise ListenerError(f"{wild[0]}: http-01 cannot prove a wildcard")
+    for name in wanted_names(entry):
+        if name.startswith("*."):
+            raise ListenerError(f"{name}: http-01 cannot prove a wildcard")
+        try:
+            host_name(name)
+        except ValueError as error:
+            raise PemError(f"{entry.chain}: {error}; declare it, with names = ...") from error
     if not entry.wanted.listen:
         raise ListenerError("listen = none: nothing here answers the challenge")
     for address in entry.wanted.listen:
@@ -3324,8 +3417,8 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float) -> Ending:
     try:
         if isinstance(result, BaseException):
             raise result
-        return store(result, run, run_mark(now), now), Outcome(entry.title, "renewed", "", True)
-    except (WucmeError, OSError) as error:
+        return store(result, run, run_mark(now), time.time()), Outcome(entry.title, "renewed", "", True)
+    except Exception as error:      # whatever it is, it must not stop the others
         return entry, fail(entry, error, run, now)
 
 
@@ -3366,7 +3459,7 @@ def random_share() -> float:
 def advised(entry: Entry, result: Any, run: RunScope, now: float) -> Entry:
     """An entry with what its CA said of when to renew it; trouble with that is never more than a note."""
     memory = entry.memory
-    if isinstance(result, (WucmeError, OSError)):
+    if isinstance(result, Exception):
         log.detail(f"{entry.title}: no renewal information: {sentence(result)}")
         memory = memory._replace(ask_at=now + ASK_SECONDS[2])
     elif isinstance(result, BaseException):
@@ -3395,6 +3488,15 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
     return found
 
 
+def save(ledger: Ledger) -> str:
+    """Write the ledger down; the problem, or ""."""
+    try:
+        ledger.save()
+    except OSError as error:
+        return f"{ledger.path}: what was loaded cannot be written down, and is loaded again: {error.strerror}"
+    return ""
+
+
 def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> list[Outcome]:
     """Do what is to be loaded; an item that fails does not stop the next, and stays owed."""
     outcomes = []
@@ -3402,17 +3504,23 @@ def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> li
     try:
         for duty in todo:
             who = ", ".join(entry.title for entry in duty.entries)
-            problem = perform(duty, run.directory, run.host, world)
+            try:
+                problem = perform(duty, run.directory, run.host, world)
+            except Exception as error:      # whatever it is, it must not stop the others
+                problem = sentence(error)
             log(f"{'load failed' if problem else 'load succeeded'}: {duty.item.text} ({who})"
                 + (f": {problem}; it is owed, and tried again by the next run" if problem else ""))
             for entry in duty.entries:
                 news = ledger.strike(entry, duty.item.text, problem, world.now())
                 outcomes.append(Outcome(entry.title, "owed" if problem else "loaded", problem, news))
             if world.monotonic() - saved > 1:
-                ledger.save()
+                save(ledger)
                 saved = world.monotonic()
     finally:
-        ledger.save()
+        problem = save(ledger)
+        if problem:
+            log(problem)
+            outcomes.append(Outcome(ledger.path, "owed", problem, True))
     return outcomes
 
 
@@ -3439,8 +3547,9 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         else:
             if one.held and log.live:
                 log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
+            spent = one.entry.whole and not one.held and not decide(one.entry, now).due
             with contextlib.suppress(OSError):      # it can be learnt again
-                remember(run.directory, one.entry)
+                remember(run.directory, one.entry, **({"order": "", "order_server": ""} if spent else {}))
             yield one.entry, Outcome(one.entry.title, "held" if one.held else "current")
     due = [one for one in decisions if one.due]
     if due:
@@ -3468,8 +3577,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         told = ask_windows(examine(inventory, request, now), settings, clients, now)
         inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
-        kept = (f"{one.entry.key}_tmp" for one in decisions if (one.due or one.held) and one.entry.memory.order)
-        for path in sweep(run.directory, kept):
+        for path in sweep(run.directory):
             log(f"removed {path}, left by a run that was stopped")
         entries, outcomes = {}, []
         for entry, outcome in tend(decisions, settings, clients, now):
@@ -3563,9 +3671,10 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     found = choose(scan(fresh.run.directory, fresh.default, fresh.sections), [label])[0]
     if not found.whole:
         log("nothing was issued, and nothing is tried again by itself: mend the cause and give the same command again")
-    if not found.whole or report.count("failed"):
+    state = next((one.state for one in report.certificates if one.title == found.title), "failed")
+    if not found.whole or state in ("failed", "held"):
         return report
-    if not report.count("renewed"):
+    if state == "current":
         when = local_time(decide(found, world.now()).renew_at)
         print(f"{found.title} is not due before {when}; --force renews it now")
     print(f"certificate: {found.chain}\nkey:         {found.key}")
@@ -3743,7 +3852,7 @@ def open_log(run: RunScope) -> None:
     """Begin to write the log file; without one the run goes on."""
     make_directory(run.directory)
     try:
-        log.descriptor = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        log.descriptor = open_append(run.log)
     except OSError as error:
         log(f"no log is written: {sentence(error)}")
 
@@ -3763,8 +3872,9 @@ def act(settings: Settings, request: Request, world: World) -> int:
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
-    if report.news:
+    if report.news and not (request.quiet and not report.status):
         log.flush()
+    sys.stdout.flush()
     return report.status
 
 
@@ -3788,21 +3898,24 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     options = option_texts(arguments)
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
-    settings = read_settings(read_source("" if fresh else find_ini(named)), options)
+    if os.geteuid() == 0 and anyone_may_write(os.path.abspath(__file__)):
+        raise SettingsError(f"{__file__}: anyone may write this file, and root runs it; chmod o-w {__file__}")
+    common = {key: text for key, text in options.items()
+              if verb != "issue" or key not in CertificateScope._field_defaults}
+    settings = read_settings(read_source("" if fresh else find_ini(named)), common)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"]))
+                    arguments["staging"], arguments["reason"], arguments["quiet"]))
 
 
 def end(number: int, _: object) -> NoReturn:
     """On a signal: leave, by way of everything that must be closed."""
-    log(f"stopped by {signal.Signals(number).name}")
-    log.flush()
     raise SystemExit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     """The program: 0 all is well, 1 something failed or is owed, 2 usage or settings."""
+    secure_streams()
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -3818,6 +3931,10 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
         settings, request = understand(arguments)
         return act(settings, request, world)
+    except SystemExit as error:
+        log(f"stopped by {signal.Signals(int(error.code or 0) - 128).name}")
+        log.flush()
+        raise
     except SettingsError as error:
         log.show(f"wucme: {sentence(error)}\n")
         return 2
