@@ -2593,41 +2593,52 @@ def put(path: str, data: bytes, like: Owner) -> list[Step]:
             Step(f"renaming {path}_tmp to {path}", rename, (f"{path}_tmp", path))]
 
 
+def is_linked(entry: Entry) -> bool:
+    """Whether the key path is a link to the chain file, which holds both."""
+    return os.path.islink(entry.key) and os.readlink(entry.key) in (entry.chain, os.path.basename(entry.chain))
+
+
+def back_ups(paths: Iterable[str], stamp: str) -> list[Step]:
+    """The steps that keep what these live paths hold."""
+    return [Step(f"backed up {path} as {path}_{stamp}", back_up, (path, f"{path}_{stamp}"))
+            for path in paths if os.path.exists(path)]
+
+
+def put_plain(entry: Entry, chain: bytes) -> list[Step]:
+    """The steps that put a chain alone into the chain file, which is no secret any more if it held a key."""
+    held_key = os.path.exists(entry.chain) and private_key(read(entry.chain))
+    like = owner(entry.chain, 0o644)
+    return put(entry.chain, chain, like._replace(mode=0o644) if held_key else like)
+
+
+def put_key(entry: Entry, key: bytes) -> list[Step]:
+    """The steps that put a key into the key file; one that waits beside it is the only copy, and is but renamed."""
+    waiting = f"{entry.key}_tmp"
+    steps = put(entry.key, key, owner(entry.key, 0o600))
+    return steps[1:] if os.path.exists(waiting) and read(waiting) == key else steps
+
+
 def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     """The steps that make a checked chain and its key the live pair of an entry."""
-    chain_pem = b"".join(certificates(chain))
+    chain = b"".join(certificates(chain))
+    rotate, linked = entry.wanted.rotate, is_linked(entry)
     old_key = private_key(read(entry.key)) if entry.whole else b""
-    linked = os.path.islink(entry.key) and os.readlink(entry.key) in (entry.chain, os.path.basename(entry.chain))
-    same = entry.whole and old_key == private_key(key)
-    steps = [Step(f"backed up {path} as {path}_{stamp}", back_up, (path, f"{path}_{stamp}"))
-             for path, wanted in ((entry.key, not same and not linked), (entry.chain, True))
-             if wanted and os.path.exists(path)]
-    public = owner(entry.chain, 0o644)
-    secret = owner(entry.key, 0o600)
-    if linked or (os.path.exists(entry.chain) and private_key(read(entry.chain))):
-        public = public._replace(mode=0o644)
-    plain = put(entry.chain, chain_pem, public)
-    own_key = put(entry.key, key, secret)
-    waiting = f"{entry.key}_tmp"
-    if os.path.exists(waiting) and read(waiting) == key:
-        del own_key[0]              # it waits there, and is the only copy
-    if same and not linked and not entry.wanted.rotate:
-        return steps + plain
-    if not entry.whole and not entry.wanted.rotate:
-        return steps + own_key + plain
+    same = old_key == private_key(key)
+    first = back_ups([entry.chain] if same or linked else [entry.key, entry.chain], stamp)
+    if same and not linked and not rotate:
+        return first + put_plain(entry, chain)
+    last = [] if rotate else put_key(entry, key) + put_plain(entry, chain)
+    if not entry.whole and not rotate:
+        return first + last
     # The key changes under a live pair: through one file that holds both, and a link to it.
-    if entry.whole and not linked:
-        steps += put(entry.chain, old_key + b"".join(certificates(read(entry.chain))), secret)
-    if not entry.whole:
-        steps += put(entry.chain, key + chain_pem, secret)
+    secret = owner(entry.key, 0o600)
+    both = put(entry.chain, key + chain, secret)
     if not linked:
-        steps.append(Step(f"linking {entry.key} to {entry.chain}", link,
+        old_chain = b"".join(certificates(read(entry.chain))) if entry.whole else b""
+        first += put(entry.chain, old_key + old_chain, secret) if entry.whole else both
+        first.append(Step(f"linking {entry.key} to {entry.chain}", link,
                           (os.path.basename(entry.chain), entry.key, f"{entry.chain}_tmp")))
-    if entry.whole:
-        steps += put(entry.chain, key + chain_pem, secret)
-    if not entry.wanted.rotate:
-        steps += own_key + plain
-    return steps
+    return first + (both if entry.whole or linked else []) + last
 
 
 def prune(path: str, keep: int) -> None:
