@@ -3477,6 +3477,7 @@ class TestInterruption:
     def held(self, fake: fakeca.FakeCA, lab: Host) -> subprocess.Popen[str]:
         """A run that waits in the middle of an order."""
         lab.old_pair("a.example.test")
+        fake.always_valid = True        # or what became of the order would hang on the moment of the kill
         fake.misbehave("order_pending_for_ever")
         process = lab.start()
         wait_until(lambda: any(path.startswith("/challenge") for _, path, _ in fake.requests))
