@@ -3783,7 +3783,7 @@ class TestCommandLine:
         (("issue",), "issue needs the names"),
         (("issue", "bad..name"), "is neither a host name nor"),
         (("status", "a.example.test"), "status takes no names"),
-        (("--lisen", ":80"), "--lisen"),
+        (("--lisen", ":80"), "--lisen; did you mean --listen?"),
         (("--listen", "80"), "must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT"),
         (("--force",), "--force goes with issue and renew"),
         (("renew", "nobody.example.test"), "no such certificate"),

@@ -200,10 +200,11 @@ class Log:
         self.descriptor = -1
         self.live = False           # at a terminal: each line at once
         self.loud = False           # verbose: details too
+        self.quiet = False          # only what went wrong is printed
         self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
 
-    def __call__(self, text: str) -> None:
-        """Write one line for one event."""
+    def __call__(self, text: str, wrong: bool = False) -> None:
+        """Write one line for one event; `wrong` is what even --quiet prints."""
         now = self.clock()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         line = f"{stamp}.{int(now * 100) % 100:02d}: {printable(text)}\n"
@@ -212,7 +213,7 @@ class Log:
                 os.write(self.descriptor, line.encode())
         if self.live:
             self.show(line)
-        else:
+        elif wrong or not self.quiet:
             self.held.append(line)
 
     def detail(self, text: str) -> None:
@@ -2329,12 +2330,12 @@ class Client:
 
     def nonce(self) -> str:
         """A fresh nonce (section 7.2)."""
-        if not self.nonces:
-            self.send("HEAD", self.directory.new_nonce)
-        try:
-            return self.nonces.pop()
-        except IndexError:
-            raise NetworkError(f"{self.directory.new_nonce}: the CA gave no nonce") from None
+        for _ in range(FAULT_TRIES * 2):        # another worker may take the one that was asked for
+            try:
+                return self.nonces.pop()
+            except IndexError:
+                self.send("HEAD", self.directory.new_nonce)
+        raise NetworkError(f"{self.directory.new_nonce}: the CA gave no nonce")
 
     def post(self, url: str, payload: Json | None, by: PrivateKey | None = None) -> Response:
         """A signed request, sent again for a refused nonce or a passing fault; AcmeError for a refusal.
@@ -2981,6 +2982,12 @@ def local_time(when: float) -> str:
         return "never"
 
 
+def epoch(text: str) -> float:
+    """The time that `utc` wrote."""
+    import calendar
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+
+
 def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     """One certificate as status --json has it."""
     entry, about = decision.entry, decision.entry.facts
@@ -3006,7 +3013,7 @@ def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
     if found["failures"]["problem"]:
         lines.append(f"    failed: {found['failures']['problem']}")
     for load in found["loads"]:
-        since = f" since {load['since']}" if load["since"] else ""
+        since = f" since {local_time(epoch(load['since']))}" if load["since"] else ""
         problem = f": {load['problem']}" if load["problem"] else ""
         lines.append(f"    {load['state']}{since}: {load['item']}{problem}")
     return [printable(line) for line in lines]
@@ -3028,7 +3035,6 @@ class Request(NamedTuple):
     ini: str = ""                       # the ini that was named
     staging: bool = False
     reason: str = "unspecified"         # of a revocation
-    quiet: bool = False
 
 
 Ending = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
@@ -3351,7 +3357,7 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
     """Note why a certificate failed; only a CA's refusal counts for the ladder, and ends the order."""
     problem = sentence(error)
     news = problem != entry.memory.problem
-    log(f"{entry.title}: failed: {problem}")
+    log(f"{entry.title}: failed: {problem}", wrong=True)
     written = read_memory(state_path(run.directory, entry.name))
     memory = written._replace(problem=problem)
     if isinstance(error, AcmeError):
@@ -3520,7 +3526,7 @@ def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> li
             except Exception as error:      # whatever it is, it must not stop the others
                 problem = sentence(error)
             log(f"{'load failed' if problem else 'load succeeded'}: {duty.item.text} ({who})"
-                + (f": {problem}; it is owed, and tried again by the next run" if problem else ""))
+                + (f": {problem}; it is owed, and tried again by the next run" if problem else ""), wrong=bool(problem))
             for entry in duty.entries:
                 news = ledger.strike(entry, duty.item.text, problem, world.now())
                 outcomes.append(Outcome(entry.title, "owed" if problem else "loaded", problem, news))
@@ -3530,7 +3536,7 @@ def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> li
     finally:
         problem = save(ledger)
         if problem:
-            log(problem)
+            log(problem, wrong=True)
             outcomes.append(Outcome(ledger.path, "owed", problem, True))
     return outcomes
 
@@ -3729,8 +3735,8 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
         print(f"{name} is revoked")
         for entry in found:
             remember(run.directory, entry, revoked=entry.facts.fingerprint if entry.facts else "")
-            print("it is still served: the next run gets another, with a new key; renew "
-                  f"{entry.name} does that now")
+            print("servers still serve it: the next run gets another, with a new key; for now: wucme.py renew "
+                  f"{entry.name}")
     return Report(inventory.files, [], [])
 
 
@@ -3823,7 +3829,9 @@ def argument_parser() -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise SettingsError(f"{message}; see --help")
+            word = message.rsplit(maxsplit=1)[-1]
+            hint = nearest(word, self._option_string_actions) if word.startswith("--") else ";"
+            raise SettingsError(f"{message}{hint} See --help")
 
     parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False)
     parser.add_argument("verb", nargs="?", default="run")
@@ -3883,7 +3891,7 @@ def act(settings: Settings, request: Request, world: World) -> int:
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
-    if report.news and not (request.quiet and not report.status):
+    if report.news:
         log.flush()
     sys.stdout.flush()
     return report.status
@@ -3916,7 +3924,7 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     settings = read_settings(read_source("" if fresh else find_ini(named)), common)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"], arguments["quiet"]))
+                    arguments["staging"], arguments["reason"]))
 
 
 def end(number: int, _: object) -> NoReturn:
@@ -3938,7 +3946,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
             print(manual() if arguments["help"] else version())
             return 0
         need_cryptography()
-        log.clock, log.loud = world.now, arguments["verbose"]
+        log.clock, log.loud, log.quiet = world.now, arguments["verbose"], arguments["quiet"]
         log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
         settings, request = understand(arguments)
         return act(settings, request, world)
@@ -3950,7 +3958,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         log.show(f"wucme: {sentence(error)}\n")
         return 2
     except (WucmeError, OSError) as error:
-        log(f"failed: {sentence(error)}")
+        log(f"failed: {sentence(error)}", wrong=True)
         log.flush()
         return 1
 
