@@ -3454,6 +3454,9 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
             except WucmeError as error:
                 yield entry, fail(entry, error, run, now)
         entries = {entry.name: entry for entry in urgent}
+        for job in jobs:        # accounts first: the user may be asked about terms; what fails here fails the jobs
+            with contextlib.suppress(Exception):
+                clients.enter(preference(entries[job.name], settings)[0])
         for name, result in gather(jobs, run):
             yield conclude(entries[name], result, run, now)
     finally:
@@ -3562,7 +3565,7 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         elif one.entry.fault and not one.held:
             yield one.entry, fail(one.entry, FileError(one.entry.fault), run, now)
         else:
-            if one.held and log.live:
+            if one.held:
                 log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
             spent = one.entry.whole and not one.held and not decide(one.entry, now).due
             with contextlib.suppress(OSError):      # it can be learnt again
@@ -3891,7 +3894,7 @@ def act(settings: Settings, request: Request, world: World) -> int:
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
-    if report.news:
+    if report.news or request.names:
         log.flush()
     sys.stdout.flush()
     return report.status
