@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     import configparser
     import http.client
     import queue
+    import subprocess
     import threading
     import urllib.parse
 
@@ -406,30 +407,65 @@ def drain(descriptor: int, kept: bytearray) -> None:
     os.close(descriptor)
 
 
+class Ending:
+    """Ends the program on a signal, but for the moments in which that would leave something behind."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.waits = False
+
+    def __call__(self, number: int, _: object) -> None:
+        """Take a signal."""
+        self.number = number
+        if not self.waits:
+            raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Let a signal wait for the end of this."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+            if self.number:
+                raise SystemExit(128 + self.number)
+
+
+ending = Ending()
+
+
+def start(argv: Sequence[str], env: Mapping[str, str], umask: int, cwd: str, output: int) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, with nothing to read."""
+    import subprocess
+    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(env),
+                            cwd=cwd, start_new_session=True, umask=umask)
+
+
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: int = -1,
             cwd: str = "/") -> Finished:
-    """Run a command in a process group of its own, which is killed as one on time-out or signal."""
+    """Run a command to its end; its process group is killed as one on time-out or signal."""
     import subprocess
     import threading
     ours, theirs = os.pipe()
     kept = bytearray()
-    try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.STDOUT,
-                                   env=dict(env), cwd=cwd, start_new_session=True, umask=umask)
-    except (OSError, ValueError) as error:
-        os.close(ours)
-        return Finished(f"cannot be run: {getattr(error, 'strerror', None) or error}", [])
-    finally:
-        os.close(theirs)
     reader = threading.Thread(target=drain, args=(ours, kept), daemon=True)
-    reader.start()
+    process = None
     try:
+        try:
+            with ending.put_off():
+                process = start(argv, env, umask, cwd, theirs)
+        finally:
+            os.close(theirs)
+            reader.start()
         status = process.wait(timeout)
         problem = f"exit status {status}" if status > 0 else f"killed by signal {-status}" if status else ""
     except subprocess.TimeoutExpired:
         problem = f"stopped after {timeout:g} s (load_timeout)"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be run: {getattr(error, 'strerror', None) or error}"
     finally:
-        if process.poll() is None:
+        if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -3037,7 +3073,7 @@ class Request(NamedTuple):
     reason: str = "unspecified"         # of a revocation
 
 
-Ending = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
+Tended = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
 
 
 class Opened(NamedTuple):
@@ -3429,7 +3465,7 @@ def check_challenge(entry: Entry, refused: Mapping[tuple[str, int], str]) -> Non
             raise ListenerError(refused[address])
 
 
-def conclude(entry: Entry, result: Any, run: RunScope, now: float) -> Ending:
+def conclude(entry: Entry, result: Any, run: RunScope, now: float) -> Tended:
     """Make live what was obtained; the entry as it is then, with its outcome."""
     try:
         if isinstance(result, BaseException):
@@ -3439,7 +3475,7 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float) -> Ending:
         return entry, fail(entry, error, run, now)
 
 
-def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Ending]:
+def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """Obtain and store every certificate that is due, the most urgent first."""
     run = settings.run
     urgent = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
@@ -3553,7 +3589,7 @@ def examine(inventory: Inventory, request: Request, now: float) -> list[Decision
     return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
 
 
-def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Ending]:
+def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """See to every certificate: each comes back as it is afterwards, with its outcome."""
     run = settings.run
     for one in decisions:
@@ -3930,18 +3966,13 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
                     arguments["staging"], arguments["reason"]))
 
 
-def end(number: int, _: object) -> NoReturn:
-    """On a signal: leave, by way of everything that must be closed."""
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     """The program: 0 all is well, 1 something failed or is owed, 2 usage or settings."""
     secure_streams()
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, end)
+            signal.signal(number, ending)
     world = world._replace(command=functools.partial(world.command, umask=umask))
     try:
         arguments = vars(argument_parser().parse_intermixed_args(argv))
