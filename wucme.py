@@ -1554,23 +1554,34 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
     return settings._replace(sections={**settings.sections, label: section}, lists=lists), label
 
 
+def unsaid(plain: Settings, options: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """The options that the ini does not say already: those of a certificate, and those of the run or the CA."""
+    own, common = {}, {}
+    for key, given in options.items():
+        kind = SETTINGS[key].kind
+        text = a_path(given) if kind is a_path else given
+        if key in CertificateScope._field_defaults:
+            if kind(text) != getattr(plain.default, key):
+                own[key] = text
+        elif key != "agree":
+            if kind(text) not in (getattr(plain.run, key, None), getattr(plain.other_server, key, None)):
+                common[key] = text
+    return own, common
+
+
 def keep_options(source: Source, path: str, section: Section, options: Mapping[str, str]) -> list[str]:
     """Write the options of a first issue into the ini, so that renewals do the same; lines that say so."""
     plain = read_settings(source, {})
-    options = {key: a_path(text) if SETTINGS[key].kind is a_path else text for key, text in options.items()}
-    own = {key: text for key, text in options.items() if key in CertificateScope._field_defaults
-           and SETTINGS[key].kind(text) != getattr(plain.default, key)}
-    common = {key: text for key, text in options.items() if key not in CertificateScope._field_defaults
-              and key != "agree" and SETTINGS[key].kind(text) not in (getattr(plain.run, key, None),
-                                                                      getattr(plain.other_server, key, None))}
+    own, common = unsaid(plain, options)
     before = [source.text.rstrip("\n") + "\n"] if source.text.strip() else []
+    secret = "@" in common.get("proxy", "")
     parts, lines = [], []
     if common and not before:
         parts.append(ini_section("wucme", common))
     elif common:
+        shown = {**common, "proxy": "..."} if secret else common
         lines.append(f"for renewals, write into {path} yourself: "
-                     + "; ".join(f"{key} = {'...' if '@' in text and key == 'proxy' else text}"
-                                 for key, text in common.items()))
+                     + "; ".join(f"{key} = {text}" for key, text in shown.items()))
     if own and file_label(section.title) in plain.sections:
         lines.append(f"[{section.title}] stands in {path} already; for renewals, change it there")
     elif own:
@@ -1578,7 +1589,7 @@ def keep_options(source: Source, path: str, section: Section, options: Mapping[s
     if parts:
         try:
             make_directory(os.path.dirname(path))
-            replace(path, "\n".join(before + parts).encode(), 0o600 if "@" in common.get("proxy", "") else 0o644)
+            replace(path, "\n".join(before + parts).encode(), 0o600 if secret else 0o644)
             lines.append(f"for renewals, the options were written to {path}")
         except OSError as error:
             lines.append(f"{sentence(error)}; for renewals, write this into an ini yourself:\n" + "\n".join(parts))
