@@ -1560,12 +1560,9 @@ def unsaid(plain: Settings, options: Mapping[str, str]) -> tuple[dict[str, str],
     for key, given in options.items():
         kind = SETTINGS[key].kind
         text = a_path(given) if kind is a_path else given
-        if key in CertificateScope._field_defaults:
-            if kind(text) != getattr(plain.default, key):
-                own[key] = text
-        elif key != "agree":
-            if kind(text) not in (getattr(plain.run, key, None), getattr(plain.other_server, key, None)):
-                common[key] = text
+        said = [getattr(scope, key) for scope in (plain.run, plain.default, plain.other_server) if hasattr(scope, key)]
+        if key != "agree" and kind(text) not in said:
+            (own if key in CertificateScope._field_defaults else common)[key] = text
     return own, common
 
 
