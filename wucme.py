@@ -1556,7 +1556,8 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
 
 def unsaid(plain: Settings, options: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """The options that the ini does not say already: those of a certificate, and those of the run or the CA."""
-    own, common = {}, {}
+    own: dict[str, str] = {}
+    common: dict[str, str] = {}
     for key, given in options.items():
         kind = SETTINGS[key].kind
         text = a_path(given) if kind is a_path else given
