@@ -3515,14 +3515,9 @@ def issuing(entry: Entry, settings: Settings) -> str:
     return urls.get(entry.memory.server, entry.memory.server) or entry.wanted.server[0]
 
 
-def random_share() -> float:
-    """A random number from 0 to 1."""
-    import random
-    return random.random()      # noqa: S311 - it spreads hosts, it keeps no secret
-
-
 def advised(entry: Entry, result: Any, run: RunScope, now: float) -> Entry:
     """An entry with what its CA said of when to renew it; trouble with that is never more than a note."""
+    import random
     memory = entry.memory
     if isinstance(result, Exception):
         log.detail(f"{entry.title}: no renewal information: {sentence(result)}")
@@ -3531,7 +3526,7 @@ def advised(entry: Entry, result: Any, run: RunScope, now: float) -> Entry:
         raise result
     else:
         window, wait = result
-        drawn = settle_window(window, memory.window, random_share()) if window else ()
+        drawn = settle_window(window, memory.window, random.random()) if window else ()     # noqa: S311 - no secret
         memory = memory._replace(window=drawn, about=window.about if window else "", ask_at=now + wait)
     with contextlib.suppress(OSError):
         return remember(run.directory, entry._replace(memory=memory))
