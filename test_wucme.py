@@ -3433,6 +3433,12 @@ class TestAccountsAndProfiles:
         assert not (lab.directory / "wucme_k_account.pem").exists()
         assert lab.run("account", "close").status == 2
 
+    def test_key_change_that_was_cut_short_in_the_writing(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("account", "new")
+        (lab.directory / "wucme_k_account.pem_tmp").write_text("-----BEGIN PRIV")
+        assert lab.run("issue", "a.example.test").status == 0
+        assert not lab.left()
+
     @pytest.mark.parametrize("heard", [True, False])
     def test_key_change_that_was_cut_short(self, fake: fakeca.FakeCA, lab: Host, heard: bool) -> None:
         lab.run("account", "new")

@@ -3210,13 +3210,14 @@ def account_of(settings: Settings, word: str) -> Account:
 
 def finish_key_change(client: Client, account: Account, who: Applicant) -> None:
     """Find out which of two keys the CA has for an account, and drop the other."""
-    old = client.key
-    client.key = parse_key(read(f"{account.key}_tmp"))
-    if client.register(who, False):
-        rename(f"{account.key}_tmp", account.key)
-    else:
-        client.key = old
-        remove(f"{account.key}_tmp")
+    old, path = client.key, f"{account.key}_tmp"
+    with contextlib.suppress(PemError):     # cut short before the CA heard of it
+        client.key = parse_key(read(path))
+        if client.register(who, False):
+            rename(path, account.key)
+            return
+    client.key = old
+    remove(path)
 
 
 def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world: World) -> Opened:
