@@ -3709,6 +3709,10 @@ class TestLoad:
         tame.write(f"$ echo x >> {tmp_path}/count")
         assert tame.run("load", "--dry-run").out == f"would load $ echo x >> {tmp_path}/count for a.example.test\n"
         assert not (tmp_path / "count").exists()
+        tame.old_pair("b.example.test", days=80)
+        assert "b.example.test" not in tame.run("load", "a.example.test", "--dry-run").out
+        for kind in "ck":
+            (tame.directory / f"wucme_{kind}_b.example.test.pem").unlink()
         for _ in range(2):
             assert tame.run("load").status == 0
         assert tame.run("load", "a.example.test").status == 0

@@ -3348,13 +3348,13 @@ class Clients:
 
 def obtain_somewhere(entry: Entry, clients: Clients, answers: Answers, run: RunScope) -> Obtained:
     """Obtain one certificate from the first of its CAs that can be reached."""
-    until = time.monotonic() + run.deadline
-    words = preference(entry, clients.settings)
+    monotonic, words = clients.world.monotonic, preference(entry, clients.settings)
+    until = monotonic() + run.deadline
     for word in words[:-1]:
         try:
             return obtain(entry, clients.enter(word), answers, run, until)
         except NetworkError as error:
-            if time.monotonic() > until:
+            if monotonic() > until:
                 raise
             log(f"{entry.title}: {error}; trying the next CA")
     return obtain(entry, clients.enter(words[-1]), answers, run, until)
@@ -3419,7 +3419,8 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
     return Outcome(entry.title, "failed", problem, news)
 
 
-def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float]) -> None:
+def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
+         world: World) -> None:
     """What a worker does: one job after the other, each ending in a value."""
     import queue
     while True:
@@ -3427,14 +3428,14 @@ def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started:
             job = jobs.get_nowait()
         except queue.Empty:
             return
-        started[job.name] = time.monotonic()
+        started[job.name] = world.monotonic()
         try:
             results.put((job, job.act()))
         except BaseException as error:
             results.put((job, error))
 
 
-def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[str, Any]]:
+def gather(jobs: list[Job], run: RunScope, world: World) -> Iterator[tuple[str, Any]]:
     """The jobs as they end, each with what was obtained or the error; none is waited for without end."""
     import queue
     import threading
@@ -3444,13 +3445,13 @@ def gather(jobs: list[Job], run: RunScope) -> Iterator[tuple[str, Any]]:
     for job in jobs:
         waiting.put(job)
     for _ in range(min(run.workers, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started), daemon=True).start()
+        threading.Thread(target=work, args=(waiting, results, started, world), daemon=True).start()
     left = {job.name: job for job in jobs}
     while left:
         try:
             job, result = results.get(timeout=1.0)
         except queue.Empty:
-            limit = time.monotonic() - run.deadline - 3 * run.timeout
+            limit = world.monotonic() - run.deadline - 3 * run.timeout
             late = [name for name in left if started.get(name, limit + 1) < limit]
             if not late:
                 continue
@@ -3475,12 +3476,12 @@ def check_challenge(entry: Entry, refused: Mapping[tuple[str, int], str]) -> Non
             raise ListenerError(refused[address])
 
 
-def conclude(entry: Entry, result: Any, run: RunScope, now: float) -> Tended:
+def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World) -> Tended:
     """Make live what was obtained; the entry as it is then, with its outcome."""
     try:
         if isinstance(result, BaseException):
             raise result
-        return store(result, run, run_mark(now), time.time()), Outcome(entry.title, "renewed", "", True)
+        return store(result, run, run_mark(now), world.now()), Outcome(entry.title, "renewed", "", True)
     except Exception as error:      # whatever it is, it must not stop the others
         return entry, fail(entry, error, run, now)
 
@@ -3503,8 +3504,8 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
         for job in jobs:        # accounts first: the user may be asked about terms; what fails here fails the jobs
             with contextlib.suppress(Exception):
                 clients.enter(preference(entries[job.name], settings)[0])
-        for name, result in gather(jobs, run):
-            yield conclude(entries[name], result, run, now)
+        for name, result in gather(jobs, run, clients.world):
+            yield conclude(entries[name], result, run, now, clients.world)
     finally:
         for listener in listeners:
             listener.close()
@@ -3544,7 +3545,7 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
     found = {one.entry.name: one.entry for one in decisions if not one.due and not one.held and one.entry.facts
              and one.entry.facts.ari and now >= one.entry.memory.ask_at and not one.entry.wanted.renew.never}
     jobs = [Job(name, functools.partial(question, entry)) for name, entry in found.items()]
-    for name, result in gather(jobs, settings.run):
+    for name, result in gather(jobs, settings.run, clients.world):
         found[name] = advised(found[name], result, settings.run, now)
     return found
 
@@ -3668,7 +3669,7 @@ def rehearse(settings: Settings, request: Request, world: World) -> Report:
 def foretell(settings: Settings, request: Request, world: World) -> list[str]:
     """What a run (or a load) would do, in words; nothing is changed."""
     items, run, now = load_items(settings), settings.run, world.now()
-    inventory = scan(run.directory, settings.default, settings.sections)
+    inventory = take_stock(settings)
     decisions = examine(inventory, request, now)
     lines = []
     for one in decisions if request.verb != "load" else ():
@@ -3676,13 +3677,14 @@ def foretell(settings: Settings, request: Request, world: World) -> list[str]:
             lines.append(f"would order a certificate for {' '.join(wanted_names(one.entry))} at "
                          f"{one.entry.wanted.server[0]}: {one.reason}")
         else:
-            lines.append(f"{dates(one, now)}: not due")
+            lines.append(f"{dates(one, now)}: {f'due: {one.reason}' if one.held else 'not due'}")
     ledger = Ledger(run.directory, run.host)
-    renewed = {one.entry.name for one in decisions if one.due}
-    chosen = {entry.name for entry in choose(inventory, request.names)}
-    again = chosen if request.verb == "load" else renewed
-    todo = duties((one.entry for one in decisions), items, lambda entry, text: entry.name in again or
-                  ledger.owes(entry, text))
+    if request.verb == "load":
+        todo = duties(choose(inventory, request.names), items, lambda *_: True)
+    else:
+        renewed = {one.entry.name for one in decisions if one.due}
+        todo = duties((one.entry for one in decisions), items, lambda entry, text: entry.name in renewed or
+                      ledger.owes(entry, text))
     lines += [f"would load {one.item.text} for {', '.join(entry.title for entry in one.entries)}" for one in todo]
     return [printable(line) for line in lines] or ["nothing to do"]
 
@@ -3710,7 +3712,7 @@ def standing(settings: Settings, world: World) -> Standing:
     held = signature(os.path.join(run.directory, LOCK))
     seen = int(held.split()[1]) / 1e9 if held else 0.0
     ledger = Ledger(run.directory, run.host)
-    entries = scan(run.directory, settings.default, settings.sections).entries
+    entries = take_stock(settings).entries
     lines, found = [], []
     for decision in (decide(entry, now) for entry in entries.values()):
         found.append(certificate_json(decision, load_json(decision.entry, ledger)))
@@ -3729,7 +3731,7 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     fresh, label = declare(settings, request.names, request.options)
     section = fresh.sections[label]
     report = run_once(fresh, request._replace(names=(label,)), world)
-    found = choose(scan(fresh.run.directory, fresh.default, fresh.sections), [label])[0]
+    found = choose(take_stock(fresh), [label])[0]
     if not found.whole:
         log("nothing was issued, and nothing is tried again by itself: mend the cause and give the same command again")
     state = next((one.state for one in report.certificates if one.title == found.title), "failed")
