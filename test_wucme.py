@@ -350,19 +350,21 @@ class TestCommand:
 
 class TestProcesses:
     def test_processes_finds_a_program_by_name_with_its_arguments(self, tmp_path: Path) -> None:
-        (tmp_path / "wucme (x) y").symlink_to("/bin/sleep")
-        with subprocess.Popen([tmp_path / "wucme (x) y", "60"]) as child:
-            expected = wucme.Process(child.pid, os.getpid(), "wucme (x) y", [str(tmp_path / "wucme (x) y"), "60"])
+        name = f"w ({os.getpid()}) y"       # its own, beside another run of these tests
+        (tmp_path / name).symlink_to("/bin/sleep")
+        with subprocess.Popen([tmp_path / name, "60"]) as child:
+            expected = wucme.Process(child.pid, os.getpid(), name, [str(tmp_path / name), "60"])
             try:
-                wait_until(lambda: wucme.processes(["wucme (x) y"]) == [expected], 2)
+                wait_until(lambda: wucme.processes([name]) == [expected], 2)
             finally:
                 child.kill()
 
     def test_processes_leaves_out_the_dead_and_those_of_other_names(self, tmp_path: Path) -> None:
-        (tmp_path / "wucme-dead").symlink_to("/bin/true")
-        with subprocess.Popen([tmp_path / "wucme-dead"]) as child:
+        name = f"w-{os.getpid()}"
+        (tmp_path / name).symlink_to("/bin/true")
+        with subprocess.Popen([tmp_path / name]) as child:
             wait_until(lambda: " Z " in wucme.proc_text(child.pid, "stat"), 2)
-            assert wucme.processes(["wucme-dead"]) == []
+            assert wucme.processes([name]) == []
         assert wucme.processes(["wucme-none"]) == []
 
     @pytest.mark.parametrize("address", ["127.0.0.1", *(["::1"] if socket.has_ipv6 and os.path.exists(
