@@ -159,6 +159,7 @@ class Issuer:
 
 NAMES = ("www.example.org", "example.org")
 KEY, OTHER_KEY = new_key(), new_key()
+KEY_HASH = wucme.key_hash(KEY.public_key())
 ROOT = Issuer("root")
 INTERMEDIATE = Issuer("intermediate", ROOT)
 CHAIN = INTERMEDIATE.chain(KEY)
@@ -1012,7 +1013,7 @@ class TestChains:
         with contextlib.suppress(wucme.PemError):
             assert wucme.facts(data).kind
         with contextlib.suppress(wucme.PemError):
-            wucme.check_chain(data, KEY, NAMES, NOW)
+            wucme.check_chain(data, KEY_HASH, NAMES, NOW)
 
     @pytest.mark.parametrize(("seconds", "text"), [
         (1773406331, "Mar 13 12:52:11 2026 GMT"), (0, "Jan 01 00:00:00 1970 GMT"),
@@ -1091,7 +1092,7 @@ class TestCheckChain:
         (many(wucme.CHAIN_LENGTH), []),
     ], ids=brief)
     def test_a_good_chain_and_the_names_that_it_has_more(self, chain: bytes, extra: list[str]) -> None:
-        assert wucme.check_chain(chain, KEY, NAMES, NOW) == extra
+        assert wucme.check_chain(chain, KEY_HASH, NAMES, NOW) == extra
 
     @pytest.mark.parametrize(("chain", "reason"), [
         (b"", "sent no certificate"),
@@ -1111,7 +1112,7 @@ class TestCheckChain:
     ], ids=brief)
     def test_a_bad_chain_is_refused(self, chain: bytes, reason: str) -> None:
         with pytest.raises(wucme.PemError, match=reason):
-            wucme.check_chain(chain, KEY, NAMES, NOW)
+            wucme.check_chain(chain, KEY_HASH, NAMES, NOW)
 
     @pytest.mark.parametrize("value", [b"junk", bytes.fromhex("3004a3023000")])
     @pytest.mark.parametrize("oid", [x509.SubjectAlternativeName.oid, x509.AuthorityKeyIdentifier.oid,
@@ -1125,22 +1126,22 @@ class TestCheckChain:
         with contextlib.suppress(wucme.PemError):
             assert wucme.facts(leaf).names == ()
         with pytest.raises(wucme.PemError):
-            wucme.check_chain(leaf + INTERMEDIATE.pem, KEY, [], NOW)
+            wucme.check_chain(leaf + INTERMEDIATE.pem, KEY_HASH, [], NOW)
 
     @pytest.mark.parametrize("identifiers", [True, False])
     def test_an_issuer_of_the_right_name_with_another_key_is_refused(self, identifiers: bool) -> None:
         real = Issuer("intermediate", ROOT, identifiers)
         imposter = Issuer("intermediate", ROOT, identifiers)
         leaf = real.issue(KEY, *NAMES)
-        assert wucme.check_chain(leaf + real.pem, KEY, NAMES, NOW) == []
+        assert wucme.check_chain(leaf + real.pem, KEY_HASH, NAMES, NOW) == []
         with pytest.raises(wucme.PemError, match=r"certificate 1 .* was not issued by the next"):
-            wucme.check_chain(leaf + imposter.pem, KEY, NAMES, NOW)
+            wucme.check_chain(leaf + imposter.pem, KEY_HASH, NAMES, NOW)
 
     def test_an_issuer_of_another_name_with_the_right_key_is_refused(self) -> None:
         real, other = Issuer("real", ROOT), Issuer("other", ROOT)
         renamed = ROOT.issue(real.key, subject=other.name, authority=True)
         with pytest.raises(wucme.PemError, match="was not issued by the next"):
-            wucme.check_chain(real.issue(KEY, *NAMES) + renamed, KEY, NAMES, NOW)
+            wucme.check_chain(real.issue(KEY, *NAMES) + renamed, KEY_HASH, NAMES, NOW)
 
     def test_key_identifiers_alone_tell_issuers_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
         imposter = x509.load_pem_x509_certificate(Issuer("intermediate", ROOT).pem)
@@ -1154,7 +1155,7 @@ class TestCheckChain:
             one.key = key  # type: ignore[assignment]
             one.pem = ROOT.issue(key, subject=one.name, authority=True)
         leaf = issuer.issue(KEY, *NAMES)
-        assert wucme.check_chain(leaf + issuer.pem, KEY, NAMES, NOW) == []
+        assert wucme.check_chain(leaf + issuer.pem, KEY_HASH, NAMES, NOW) == []
         forged = x509.load_pem_x509_certificate(leaf)
         class Forged:
             def __getattr__(self, name: str) -> Any:
@@ -1199,7 +1200,8 @@ class TestSettings:
         assert found.run.host == os.uname().nodename
         assert found.default == wucme.CertificateScope(
             server=("letsencrypt",), names=(), key="ecdsa-p256", rotate=False, renew=wucme.Renewal(auto=True),
-            listen=(("", 80),), load=(), load_timeout=300, profile="", chain="")
+            listen=None, load=(), load_timeout=300, profile="", chain="", csr="", challenge=("http-01",),
+            listen_tls=None, webroot=(), stateless=False, hook=None, nsupdate=None, dns_wait=120)
         assert found.other_server == wucme.ServerScope(
             url="", ca_file="", proxy="", contact=(), agree=False, eab_kid="", eab_hmac=wucme.Secret(""),
             eab_hmac_file="", eab_alg="HS256", profile="", chain="")
@@ -1235,7 +1237,7 @@ class TestSettings:
         ("renew", "never", wucme.Renewal()), ("renew", "auto", wucme.Renewal(auto=True)),
         ("renew", "30", wucme.Renewal(seconds=30 * DAY)), ("renew", "30d", wucme.Renewal(seconds=30 * DAY)),
         ("renew", "12h", wucme.Renewal(seconds=43200)), ("renew", "25%", wucme.Renewal(share=0.25)),
-        ("listen", "none", ()), ("listen", "", ()), ("listen", ":8080", (("", 8080),)),
+        ("listen", "none", ()), ("listen", "", None), ("listen", ":8080", (("", 8080),)),
         ("listen", "127.0.0.1:80 [::1]:81", (("127.0.0.1", 80), ("::1", 81))),
         ("contact", "a@example.org b@example.org", ("a@example.org", "b@example.org")),
         ("proxy", "http://a:%25$x@p:3128", "http://a:%25$x@p:3128"), ("ca_file", "/a/%d/$HOME", "/a/%d/$HOME"),
@@ -1853,6 +1855,11 @@ class Fronts(NamedTuple):
         return b""
 
 
+def place(host: str, port: int, kind: str = "http-01") -> wucme.Place:
+    """Where to listen."""
+    return wucme.Place(kind, host, port)
+
+
 LOOPBACKS = ["127.0.0.1", *(["::1"] if wucme.proc_text("net", "if_inet6") else [])]
 
 
@@ -1862,8 +1869,8 @@ def front(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Fronts]:
     answers, asked = wucme.Answers(str(tmp_path)), threading.Event()
     answers.publish("tok", "tok.print", asked)
     host = getattr(request, "param", LOOPBACKS[0])
-    listener = wucme.Listener(host, 0, answers)
-    yield Fronts(host, listener.servers[0].server_port, asked)
+    listener = wucme.Listener(place(host, 0), answers)
+    yield Fronts(host, listener.servers[0].server_address[1], asked)
     listener.close()
 
 
@@ -1935,8 +1942,8 @@ class TestListener:
 
     def test_closing_ends_it_all_within_a_second(self, tmp_path: Path) -> None:
         before = set(threading.enumerate())
-        listener = wucme.Listener("127.0.0.1", 0, wucme.Answers(str(tmp_path)))
-        port = listener.servers[0].server_port
+        listener = wucme.Listener(place("127.0.0.1", 0), wucme.Answers(str(tmp_path)))
+        port = listener.servers[0].server_address[1]
         listener.close()
         wait_until(lambda: set(threading.enumerate()) <= before, 1)
         with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
@@ -1946,8 +1953,8 @@ class TestListener:
         answers, asked = wucme.Answers(str(tmp_path)), threading.Event()
         answers.publish("tok", "tok.print", asked)
         for port in range(10000 + os.getpid() % 10000, 32000):      # below those of outgoing connections
-            with contextlib.suppress(wucme.ListenerError):
-                listener = wucme.Listener("", port, answers)
+            with contextlib.suppress(wucme.ChallengeError):
+                listener = wucme.Listener(place("", port), answers)
                 break
         found = [Fronts(address, port, asked).say(GET)[-9:] for address in LOOPBACKS]
         listener.close()
@@ -1955,12 +1962,13 @@ class TestListener:
 
     def test_a_busy_port_names_its_holder_and_others_are_opened(self, tmp_path: Path, log: wucme.Log) -> None:
         with socket.create_server(("127.0.0.1", 0)) as busy:
-            address = ("127.0.0.1", busy.getsockname()[1])
-            found, refused = wucme.open_listeners([address, ("127.0.0.1", 0), address], wucme.Answers(str(tmp_path)))
+            address = place("127.0.0.1", busy.getsockname()[1])
+            wanted = [address, place("127.0.0.1", 0), address]
+            found, refused = wucme.open_listeners(wanted, wucme.Answers(str(tmp_path)))
         assert len(found) == 1
         found[0].close()
         assert list(refused) == [address]
-        assert refused[address].startswith(f"cannot listen on 127.0.0.1:{address[1]}: in use by ")
+        assert refused[address].startswith(f"cannot listen on 127.0.0.1:{address.port}: in use by ")
         assert f"(pid {os.getpid()}); listen on another port" in refused[address]
 
     @pytest.mark.parametrize(("number", "reason"), [(13, "not permitted; run as root"), (99, "Cannot assign")])
@@ -1969,8 +1977,8 @@ class TestListener:
         assert told.startswith(f"cannot listen on h:80: {reason}")
 
     def test_an_address_that_is_not_ours_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(wucme.ListenerError, match=r"cannot listen on 192\.0\.2\.1:1: "):
-            wucme.Listener("192.0.2.1", 1, wucme.Answers(str(tmp_path)))
+        with pytest.raises(wucme.ChallengeError, match=r"cannot listen on 192\.0\.2\.1:1: "):
+            wucme.Listener(place("192.0.2.1", 1), wucme.Answers(str(tmp_path)))
 
 
 # --- 9. acme -----------------------------------------------------------------------------------
@@ -3086,7 +3094,7 @@ REFUSED = {     # each misbehaviour of a CA, and what the one line about it must
     "challenge_http_url": "not an https URL",
     "challenge_file_url": "not an https URL",
     "challenge_other_host": "not an https URL",
-    "no_challenges": "offers no http-01 challenge",
+    "no_challenges": "the CA offers nothing known here",
     "token_traversal": "a token that is none: '../../etc/x'",
     "token_absolute": "a token that is none",
     "token_newline": "a token that is none",
@@ -3594,7 +3602,7 @@ class TestListenerAndOrder:
 
     def test_wildcards_are_not_ordered(self, fake: fakeca.FakeCA, lab: Host) -> None:
         done = lab.run("issue", "*.example.test")
-        assert "http-01 cannot prove a wildcard" in done.err
+        assert "http-01 cannot prove it; set challenge = dns-01 or dns-persist-01" in done.err
         assert orders(fake) == 0
 
 

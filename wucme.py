@@ -122,7 +122,7 @@ Json = dict[str, Any]
 #   FileError       the directory or a file of it
 #   PemError        a certificate or a key is not what it should be
 #     KeyKindError    a key is one that cannot be used here
-#   ListenerError   the challenge cannot be answered from here
+#   ChallengeError  the challenge cannot be answered from here
 #   NetworkError    the CA was not reached, or is out of order
 #     ProtocolError   it did not speak ACME, or of something else
 #   AcmeError       the CA said no
@@ -130,6 +130,7 @@ Json = dict[str, Any]
 
 class WucmeError(Exception):
     """Something failed, and the text says what, where and what to do."""
+    spent: Sequence[str] = ()       # the challenge types that it is no use to try again in this run
 
 
 class SettingsError(WucmeError):
@@ -148,8 +149,12 @@ class KeyKindError(PemError):
     """A private key that is whole, and of no use here."""
 
 
-class ListenerError(WucmeError):
-    """Nothing here can answer the challenge."""
+class ChallengeError(WucmeError):
+    """Nothing here can answer challenges of these types."""
+
+    def __init__(self, text: str, *kinds: str) -> None:
+        super().__init__(text)
+        self.spent = kinds
 
 
 class NetworkError(WucmeError):
@@ -400,6 +405,12 @@ class Finished(NamedTuple):
     output: list[str]
 
 
+def with_last_line(finished: Finished) -> str:
+    """The problem of a command with the last that it said, "" for none."""
+    said = [line for line in finished.output if line.strip()][-1:] if finished.problem else []
+    return ": ".join([finished.problem, *said])[:500]
+
+
 def drain(descriptor: int, kept: bytearray) -> None:
     """Read a pipe to its end, so that the writer never waits, and keep only so much."""
     while data := os.read(descriptor, 1 << 16):
@@ -408,42 +419,69 @@ def drain(descriptor: int, kept: bytearray) -> None:
 
 
 class Ending:
-    """Ends the program on a signal, but for the moments in which that would leave something behind."""
+    """Ends the program on a signal, and what was started with it; never in the moment between two of these."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.waits = False
+        self.starting: set[int] = set()     # threads that are starting a process
+        self.groups: set[int] = set()       # process groups that run
 
     def __call__(self, number: int, _: object) -> None:
-        """Take a signal."""
+        """Take a signal, in the main thread."""
+        import threading
         self.number = number
-        if not self.waits:
+        if threading.get_ident() not in self.starting:
             raise SystemExit(128 + number)
 
     @contextlib.contextmanager
     def put_off(self) -> Iterator[None]:
         """Let a signal wait for the end of this."""
-        self.waits = True
+        import threading
+        me = threading.get_ident()
+        self.starting.add(me)
         try:
-            yield
-        finally:
-            self.waits = False
             if self.number:
                 raise SystemExit(128 + self.number)
+            yield
+        finally:
+            self.starting.discard(me)
+        if self.number:
+            raise SystemExit(128 + self.number)
+
+    def kill(self) -> None:
+        """Kill what other threads have running."""
+        for _ in range(50):
+            if not self.starting:
+                break
+            time.sleep(0.01)
+        for group in list(self.groups):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
 
 ending = Ending()
+SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
-def start(argv: Sequence[str], env: Mapping[str, str], umask: int, cwd: str, output: int) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, with nothing to read."""
+def child_environment() -> dict[str, str]:
+    """The caller's environment, with a PATH that cron's lacks."""
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
+
+
+def start(argv: Sequence[str], env: Mapping[str, str], output: int, *, umask: int, cwd: str, given: str
+          ) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, with this to read."""
     import subprocess
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(env),
-                            cwd=cwd, start_new_session=True, umask=umask)
+    import tempfile
+    with tempfile.TemporaryFile() as text:
+        text.write(given.encode("utf-8", "surrogateescape"))
+        text.seek(0)
+        return subprocess.Popen(argv, stdin=text if given else subprocess.DEVNULL, stdout=output,
+                                stderr=subprocess.STDOUT, env=dict(env), cwd=cwd, start_new_session=True, umask=umask)
 
 
-def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: int = -1,
-            cwd: str = "/") -> Finished:
+def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, umask: int = -1,
+            cwd: str = "/", given: str = "") -> Finished:
     """Run a command to its end; its process group is killed as one on time-out or signal."""
     import subprocess
     import threading
@@ -454,7 +492,8 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
     try:
         try:
             with ending.put_off():
-                process = start(argv, env, umask, cwd, theirs)
+                process = start(argv, env, theirs, umask=umask, cwd=cwd, given=given)
+                ending.groups.add(process.pid)
         finally:
             os.close(theirs)
             reader.start()
@@ -465,10 +504,12 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
     except (OSError, ValueError) as error:
         problem = f"cannot be run: {getattr(error, 'strerror', None) or error}"
     finally:
-        if process is not None and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if process is not None:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            ending.groups.discard(process.pid)
     reader.join(0.5)            # not longer: a daemon left behind may hold the pipe for ever
     return Finished(problem, bytes(kept).decode("utf-8", "backslashreplace").splitlines())
 
@@ -722,6 +763,25 @@ def read_json(path: str) -> Json:
     return found if isinstance(found, dict) else {}
 
 
+def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
+    """Put a public file into a directory of somebody else's, below some steps; its path. No link there is followed."""
+    whose = os.stat(base)
+    at = base
+    for step in below:
+        at = os.path.join(at, step)
+        try:
+            os.mkdir(at)
+            os.chmod(at, 0o755)
+            os.chown(at, whose.st_uid, whose.st_gid)
+        except FileExistsError:
+            found = os.lstat(at)
+            if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
+                raise FileError(f"{at}: a link that another user made; it is not followed") from None
+    path = os.path.join(at, name)
+    create(path, data, Owner(0o644, whose.st_uid, whose.st_gid))
+    return path
+
+
 def make_directory(path: str) -> None:
     """Make a directory that a web server's user may pass through, with its parents, whatever the umask."""
     if os.path.isdir(path):
@@ -871,7 +931,7 @@ def validity(certificate: x509.Certificate) -> tuple[float, float]:
     return times[0], times[1]
 
 
-def alternative_names(certificate: x509.Certificate) -> tuple[str, ...]:
+def alternative_names(certificate: x509.Certificate | x509.CertificateSigningRequest) -> tuple[str, ...]:
     """The DNS names and IP addresses of the subjectAltName, lower case, in its order."""
     from cryptography import x509
     try:
@@ -952,6 +1012,46 @@ def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
+def request_facts(pem: bytes) -> tuple[bytes, tuple[str, ...], str]:
+    """A CSR as DER, the names that it asks for, and SHA-256 of its public key; PemError for what is none."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+    try:
+        request = x509.load_pem_x509_csr(pem)
+        if not request.is_signature_valid:
+            raise ValueError("its signature is wrong")
+        return (request.public_bytes(serialization.Encoding.DER), alternative_names(request),
+                key_hash(request.public_key()))
+    except Exception as error:      # cryptography has several of its own for what is none
+        raise PemError(f"not a certificate signing request: {printable(str(error))[:100]}") from error
+
+
+def key_of(pem: bytes) -> str:
+    """SHA-256 of the public half of the key in a PEM text: of a private key, or of a CSR whose key is elsewhere."""
+    if private_key(pem) or not blocks(pem, "CERTIFICATE REQUEST", "NEW CERTIFICATE REQUEST"):
+        return key_hash(parse_key(pem).public_key())
+    return request_facts(pem)[2]
+
+
+def challenge_certificate(name: str, digest: bytes) -> bytes:
+    """The certificate, behind its key, that answers tls-alpn-01 for a name or address (RFC 8737 section 3)."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    key = cast("ec.EllipticCurvePrivateKey", new_key("ecdsa-p256"))
+    now = datetime.datetime.now(datetime.timezone.utc)
+    subject = x509.Name([])
+    wanted = x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name)
+    proof = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31"), b"\x04\x20" + digest)
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number(),
+                                      now - datetime.timedelta(1), now + datetime.timedelta(1))
+    builder = builder.add_extension(x509.SubjectAlternativeName([wanted]), critical=True)
+    made = builder.add_extension(proof, critical=True).sign(key, hashes.SHA256())
+    return key_pem(key) + made.public_bytes(serialization.Encoding.PEM)
+
+
 def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether names, key identifiers and signature say that one certificate was issued by the other."""
     from cryptography import x509
@@ -1016,7 +1116,7 @@ def gmt(when: float) -> str:
         return f"{when:.0f} s after 1970"
 
 
-def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float) -> list[str]:
+def check_chain(chain: bytes, key: str, names: Sequence[str], now: float) -> list[str]:
     """Refuse (PemError) a chain that must not go live; the names that it has beyond those asked for."""
     others = {label for label, _ in pem_blocks(chain)} - {"CERTIFICATE"}
     if others:
@@ -1027,7 +1127,7 @@ def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float)
     leaf = facts(chain)
     if is_authority(found[0]):
         raise PemError("the certificate that the CA sent is a CA's")
-    if leaf.key != key_hash(key.public_key()):
+    if leaf.key != key:
         raise PemError("the certificate that the CA sent is for another key")
     missing = sorted(set(names) - set(leaf.names))
     if missing:
@@ -1054,6 +1154,8 @@ KNOWN_SERVERS = {
     "sslcom": "https://acme.ssl.com/sslcom-dv-ecc",
     "actalis": "https://acme-api.actalis.com/acme/directory",
 }
+CHALLENGE_TYPES = ("http-01", "dns-01", "tls-alpn-01", "dns-persist-01")
+HOOK_FAMILIES = ("uacme", "dehydrated", "certbot", "lego", "mod_md")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 DURATION = re.compile(r"([0-9]{1,9})([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -1110,6 +1212,20 @@ class Renewal(NamedTuple):
     def never(self) -> bool:
         """Whether nothing but its user renews it."""
         return self == Renewal()
+
+
+class Hook(NamedTuple):
+    """A program that answers challenges, and the family by whose rules it is called."""
+    family: str
+    begin: tuple[str, ...]
+    end: tuple[str, ...]            # () for none
+
+
+class Updates(NamedTuple):
+    """A TSIG key file for nsupdate, and the server and zone to change, "" for what the DNS says."""
+    key: str
+    server: tuple[str, str]         # host and port
+    zone: str
 
 
 def a_url(text: str) -> str:
@@ -1221,15 +1337,56 @@ def some_names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(host_name(word) for word in text.split()))
 
 
-def some_addresses(text: str) -> tuple[tuple[str, int], ...]:
-    """Addresses to listen on, as host and port; host "" is every address."""
-    found = []
-    for word in text.split() if text != "none" else ():
-        host, colon, port = word.rpartition(":")
-        if not colon or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError(f"{word!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
-        found.append((host.strip("[]"), int(port)))
-    return tuple(found)
+def an_address(word: str) -> tuple[str, str]:
+    """HOST:PORT, [HOST]:PORT or :PORT."""
+    host, colon, port = word.rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{word!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
+    return host.strip("[]"), port
+
+
+def some_addresses(text: str) -> tuple[tuple[str, int], ...] | None:
+    """Addresses to listen on, as host and port; host "" is every address. None where that is left open."""
+    pairs = map(an_address, text.split() if text != "none" else ())
+    return tuple((host, int(port)) for host, port in pairs) if text else None
+
+
+def some_challenges(text: str) -> tuple[str, ...]:
+    """Challenge types."""
+    unknown = [word for word in text.split() if word not in CHALLENGE_TYPES]
+    if unknown or not text:
+        raise ValueError(f"must be of {', '.join(CHALLENGE_TYPES)}")
+    return some_words(text)
+
+
+def some_paths(text: str) -> tuple[str, ...]:
+    """Paths with blanks between."""
+    return tuple(map(a_path, text.split()))
+
+
+def a_hook(text: str) -> Hook | None:
+    """FAMILY:FILE, for certbot COMMAND[,CLEANUP]; or none."""
+    if not text:
+        return None
+    family, _, rest = text.partition(":")
+    if family not in HOOK_FAMILIES:
+        raise ValueError(f"must begin with one of {', '.join(HOOK_FAMILIES)}, and a colon")
+    if family == "certbot" and rest:
+        begin, _, end = rest.partition(",")
+        return Hook(family, ("/bin/sh", "-c", begin), ("/bin/sh", "-c", end) if end else ())
+    if not rest.startswith("/"):
+        raise ValueError(f"{family}: needs the whole path of a file")
+    return Hook(family, (rest,), (rest,))
+
+
+def some_updates(text: str) -> Updates | None:
+    """KEYFILE [SERVER[:PORT]] [ZONE], or none."""
+    words = text.split()
+    if len(words) > 3:
+        raise ValueError("must be KEYFILE [SERVER[:PORT]] [ZONE]")
+    key, server, zone = [*words, "", "", ""][:3]
+    lone = server.count(":") != 1 and not server.startswith("[")
+    return Updates(a_path(key), (server, "53") if lone else an_address(server), zone) if words else None
 
 
 class RunScope(NamedTuple):
@@ -1264,9 +1421,29 @@ class CertificateScope(NamedTuple):
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
     chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
                          "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
-    listen: tuple[tuple[str, int], ...] = setting(
-        some_addresses, ":80", "where the http-01 challenge is answered while an order runs; several by blanks; "
-        "the CA asks at port 80, or whatever your router makes of it", "ADDRESS:PORT")
+    csr: str = setting(a_path, "", "a signing request (PEM) whose key is kept elsewhere; it has the names too", "PATH",
+                       local=True)
+    challenge: tuple[str, ...] = setting(
+        some_challenges, "http-01", "how control of the names is proved, in order of preference: "
+        + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order", "TYPE...")
+    listen: tuple[tuple[str, int], ...] | None = setting(
+        some_addresses, "", "where http-01 is answered while an order runs, several by blanks; the CA asks at port 80, "
+        "or whatever your router makes of it; default: :80, or none where webroot, stateless or a hook answers",
+        "ADDRESS:PORT")
+    listen_tls: tuple[tuple[str, int], ...] | None = setting(
+        some_addresses, "", "the same for tls-alpn-01; the CA asks at port 443; default: :443, or none where a hook "
+        "answers", "ADDRESS:PORT")
+    webroot: tuple[str, ...] = setting(some_paths, "", "document roots of a web server that answers http-01, by blanks",
+                                       "PATH...")
+    stateless: bool = setting(a_flag, "no", "yes: a web server answers every http-01 token by itself")
+    hook: Hook | None = setting(
+        a_hook, "", "a program that answers challenges for which nothing else is set, and the family by whose rules it "
+        "is called: uacme:FILE, dehydrated:FILE, certbot:COMMAND[,CLEANUP], lego:FILE, mod_md:FILE", "FAMILY:FILE")
+    nsupdate: Updates | None = setting(
+        some_updates, "", "answer dns-01 by nsupdate with this TSIG key file, at this server and in this zone if the "
+        "DNS does not say the right ones", "KEYFILE [SERVER[:PORT]] [ZONE]")
+    dns_wait: float = setting(a_duration, "2m", "the longest to wait until every name server of the zone has the "
+                              "record of dns-01", "DURATION")
     load: tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
                                     "LOAD LIST", "ITEM")
     load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take", "DURATION")
@@ -1651,7 +1828,7 @@ class Entry(NamedTuple):
     """One certificate: its files, what they say, and what the settings want of it."""
     name: str                       # NAME, as in its state file
     chain: str                      # path of the chain
-    key: str                        # path of the key
+    key: str                        # path of the key, or of the CSR that stands for it
     memory: Memory
     written: Memory                 # as its state file has it
     wanted: CertificateScope
@@ -1712,7 +1889,7 @@ def look(entry: Entry) -> Entry:
         path = entry.key
         if memory.key != key or not key or not memory.key_hash:
             memory = memory._replace(key="", key_hash="")
-            memory = memory._replace(key_hash=key_hash(parse_key(read(path)).public_key()), key=key)
+            memory = memory._replace(key_hash=key_of(read(path)), key=key)
     except FileError as error:
         fault, blocked = str(error), os.path.lexists(path)
     except PemError as error:
@@ -1752,15 +1929,16 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         section = by_stem.get(stem)
         key = present.get(key_spelling(name).lower(), key_spelling(name))
         memory = read_memory(state_path(directory, stem))
-        entries[stem] = look(Entry(stem, os.path.join(directory, name), os.path.join(directory, key), memory, memory,
-                                   section.values if section else default,
-                                   section.own if section else frozenset()))
+        values = section.values if section else default
+        entries[stem] = look(Entry(stem, os.path.join(directory, name), values.csr or os.path.join(directory, key),
+                                   memory, memory, values, section.own if section else frozenset()))
         declared.add(section.title if section else "")
     for label, section in sections.items():
         if section.title not in declared:
             paths = [os.path.join(directory, f"wucme_{kind}_{label}.pem") for kind in "ck"]
             memory = read_memory(state_path(directory, label))
-            entries[label] = Entry(label, paths[0], paths[1], memory, memory, section.values, section.own)
+            entries[label] = Entry(label, paths[0], section.values.csr or paths[1], memory, memory, section.values,
+                                   section.own)
     return Inventory(files, entries)
 
 
@@ -1882,21 +2060,85 @@ def dates(decision: Decision, now: float) -> str:
 
 
 # === 8. challenges: how the CA's question is answered ==========================================
-# A token is answered from memory, by exact name, whatever Host and prefix the question came with.
-# Each is in tokens/ too while its order runs. Sockets have a deadline, and the oldest goes first.
+# Each way to answer is a context: what it publishes is there while it is open, and gone afterwards.
+# The listeners answer from memory and by exact name; their sockets have a deadline, the oldest goes first.
 
 WELL_KNOWN = "/.well-known/acme-challenge/"
 OPEN_CONNECTIONS = 256
 CONNECTION_SECONDS = 10.0
 REQUEST_BYTES = 8192
+COMMAND_SECONDS = 30.0          # for dig and nsupdate
+
+
+class Kind(NamedTuple):
+    """A challenge type: what it can prove, and the settings that answer it."""
+    wildcards: bool
+    addresses: bool
+    ways: tuple[str, ...]
+    port: int = 0               # at which the CA asks
+
+
+KINDS = {
+    "http-01": Kind(False, True, ("listen", "webroot", "stateless"), 80),
+    "dns-01": Kind(True, False, ("nsupdate",)),
+    "tls-alpn-01": Kind(False, True, ("listen_tls",), 443),
+    "dns-persist-01": Kind(True, False, ("record",)),
+}
+
+
+class Dialect(NamedTuple):
+    """How a family of hooks is called: the form in which it gets the answer to each type, and templates."""
+    values: Mapping[str, str]
+    begin: tuple[str, ...]
+    end: tuple[str, ...]
+    environment: Mapping[str, str] = {}     # what comes out empty is left out
+    failure: str = "abort"                  # what a failed start means: abort, decline (no end call then), ignore
+    waits: bool = False                     # whether its caller waits for the name servers
+
+
+DIALECTS = {
+    "uacme": Dialect(
+        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "digest"},
+        ("begin", "{kind}", "{name}", "{token}", "{value}"), ("{verdict}", "{kind}", "{name}", "{token}", "{value}"),
+        {"UACME_METHOD": "{verdict}", "UACME_TYPE": "{kind}", "UACME_IDENT": "{name}", "UACME_TOKEN": "{token}",
+         "UACME_AUTH": "{value}", "UACME_CONFDIR": "{directory}", "UACME_VERBOSE": "{verbose}"}, failure="decline"),
+    "dehydrated": Dialect(
+        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "hex"},
+        ("deploy_challenge", "{name}", "{token}", "{value}"), ("clean_challenge", "{name}", "{token}", "{value}"),
+        {"BASEDIR": "{directory}", "CERTDIR": "{directory}", "ALPNCERTDIR": "{directory}", "WELLKNOWN": "{tokens}",
+         "CHALLENGETYPE": "{kind}", "altnames": "{names}", "COMMAND": "sign_domains"}),
+    "certbot": Dialect(
+        {"http-01": "text", "dns-01": "digest"}, (), (),
+        {"CERTBOT_DOMAIN": "{name}", "CERTBOT_IDENTIFIER": "{name}", "CERTBOT_VALIDATION": "{value}",
+         "CERTBOT_TOKEN": "{http_token}", "CERTBOT_REMAINING_CHALLENGES": "{rest}", "CERTBOT_ALL_DOMAINS": "{all}",
+         "CERTBOT_ALL_IDENTIFIERS": "{all}", "CERTBOT_AUTH_OUTPUT": "{output}"}, failure="ignore"),
+    "lego": Dialect({"dns-01": "digest"}, ("present", "{fqdn}", "{value}"), ("cleanup", "{fqdn}", "{value}"),
+                    waits=True),
+    "mod_md": Dialect({"dns-01": "digest"}, ("setup", "{name}", "{value}"), ("teardown", "{name}", "{value}")),
+}
+
+
+class Proof(NamedTuple):
+    """What proves control of one name to the CA."""
+    kind: str
+    name: str                   # without *.
+    token: str
+    text: str                   # key authorization (RFC 8555 section 8.1); for dns-persist-01 the records that will do
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the key authorization."""
+        import hashlib
+        return hashlib.sha256(self.text.encode()).digest()
 
 
 class Answers:
-    """The tokens that are published now, and which of them the CA has asked for."""
+    """What the listeners answer now, and which tokens the CA has asked for."""
 
     def __init__(self, directory: str) -> None:
         self.directory = os.path.join(directory, "tokens")
         self.texts: dict[str, str] = {}
+        self.contexts: dict[str, tuple[Any, str]] = {}      # by server name: TLS context and token
         self.asked: dict[str, threading.Event] = {}
         self.heard: set[str] = set()
 
@@ -1912,16 +2154,30 @@ class Answers:
         self.asked.pop(token, None)
         remove(os.path.join(self.directory, token))
 
+    def hear(self, token: str, where: str) -> None:
+        """Note that the CA has asked."""
+        log.detail(f"challenge {token} asked for at {where}")
+        self.heard.add(token)
+        asked = self.asked.get(token)
+        if asked is not None:
+            asked.set()
+
     def find(self, target: str) -> str | None:
         """The answer to a request target, absolute or prefixed; None for what is not published."""
         before, found, token = target.partition("?")[0].rpartition(WELL_KNOWN)
         text = self.texts.get(token) if found else None
-        asked = self.asked.get(token)
-        if text is not None and asked is not None:
-            log.detail(f"challenge {token} asked for at {before}{WELL_KNOWN}")
-            self.heard.add(token)
-            asked.set()
+        if text is not None:
+            self.hear(token, before + WELL_KNOWN)
         return text
+
+    def greet(self, connection: Any, name: str | None, _: object) -> int | None:
+        """Choose the certificate for a TLS greeting; an alert where there is none."""
+        context, token = self.contexts.get((name or "").lower(), (None, ""))
+        if context is None:
+            return 112                  # unrecognized_name (RFC 6066 section 3)
+        connection.context = context
+        self.hear(token, name or "")
+        return None
 
 
 class Guests:
@@ -1974,13 +2230,14 @@ class Capped:
         return getattr(self.stream, name)
 
 
-def listener_class() -> Any:  # noqa: C901 - two small classes, not one long function
-    """The listening server, made on the days when it is needed."""
+def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not one long function
+    """The server that listens for one challenge type, made on the days when it is needed."""
     import http.server
     import socket
     import socketserver
+    import ssl
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Page(http.server.BaseHTTPRequestHandler):
         timeout = 5                     # between two packets; Guests have a total
 
         def setup(self) -> None:
@@ -2001,19 +2258,34 @@ def listener_class() -> Any:  # noqa: C901 - two small classes, not one long fun
         def log_message(self, *_: Any) -> None:
             pass
 
-    class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-        daemon_threads, block_on_close, request_queue_size = True, False, 128
+    class Greeting(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            server = cast(Any, self.server)
+            self.request.settimeout(5)
+            # The wrapped socket takes the plain one's place, also among the guests.
+            server.guests.forget(self.request)
+            secure = server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+            server.guests.admit(secure)
+            try:
+                secure.do_handshake()
+            finally:
+                server.guests.forget(secure)
+                secure.close()
+
+    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 128, True
 
         def __init__(self, family: int, address: tuple[str, int], answers: Answers) -> None:
             self.address_family, self.answers, self.guests = family, answers, Guests()
-            super().__init__(address, Handler)
+            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.context.set_alpn_protocols(["acme-tls/1"])
+            self.context.sni_callback = answers.greet
+            super().__init__(address, Page if kind == "http-01" else Greeting)
 
         def server_bind(self) -> None:
-            # Not HTTPServer's, which waits for a resolver to name this host.
             if self.address_family == socket.AF_INET6:
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            socketserver.TCPServer.server_bind(self)
-            self.server_name, self.server_port = "", self.server_address[1]
+            super().server_bind()
 
         def process_request(self, request: Any, client_address: Any) -> None:
             self.guests.admit(request)
@@ -2045,13 +2317,20 @@ def listen_reason(host: str, port: int, error: OSError) -> str:
     return f"{what}: {error.strerror}"
 
 
-class Listener:
-    """The listeners of one address, answering until closed."""
+class Place(NamedTuple):
+    """Where a challenge type is answered: host "" is every address."""
+    kind: str
+    host: str
+    port: int
 
-    def __init__(self, host: str, port: int, answers: Answers) -> None:
+
+class Listener:
+    """The listeners of one place, answering until closed."""
+
+    def __init__(self, place: Place, answers: Answers) -> None:
         import socket
         import threading
-        server = listener_class()
+        server, host = listener_class(place.kind), place.host
         self.servers: list[Any] = []
         self.serving = False
         families = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")] if not host else \
@@ -2059,14 +2338,14 @@ class Listener:
         try:
             for family, address in families:
                 try:
-                    self.servers.append(server(family, (address, port), answers))
+                    self.servers.append(server(family, (address, place.port), answers))
                 except OSError as error:
                     # A host without IPv6 listens on IPv4 alone.
                     if host or family != socket.AF_INET6 or error.errno in (errno.EADDRINUSE, errno.EACCES):
                         raise
         except OSError as error:
             self.close()
-            raise ListenerError(listen_reason(host, port, error)) from error
+            raise ChallengeError(listen_reason(host, place.port, error), place.kind) from error
         self.serving = True
         for one in self.servers:
             threading.Thread(target=one.serve_forever, args=(0.02,), daemon=True).start()
@@ -2079,16 +2358,311 @@ class Listener:
             one.server_close()
 
 
-def open_listeners(addresses: Iterable[tuple[str, int]], answers: Answers) -> tuple[list[Listener], dict[Any, str]]:
-    """The listeners of these addresses; and, for each address that cannot be had, why."""
+def ways(wanted: CertificateScope, kind: str) -> tuple[str, ...]:
+    """The settings of a certificate that answer a challenge type: what is set, else a hook, else a listener."""
+    about = KINDS[kind]
+    said = tuple(way for way in about.ways if getattr(wanted, way, True))
+    if said:
+        return said
+    if wanted.hook and kind in DIALECTS[wanted.hook.family].values:
+        return ("hook",)
+    return about.ways[:1] if about.port and getattr(wanted, about.ways[0]) is None else ()
+
+
+def places(wanted: CertificateScope, kind: str) -> list[Place]:
+    """Where a certificate wants a challenge type to be listened for."""
+    about = KINDS[kind]
+    if not about.port or about.ways[0] not in ways(wanted, kind):
+        return []
+    return [Place(kind, *address) for address in getattr(wanted, about.ways[0]) or (("", about.port),)]
+
+
+def open_listeners(wanted: Iterable[Place], answers: Answers) -> tuple[list[Listener], dict[Place, str]]:
+    """The listeners of these places; and, for each place that cannot be had, why."""
     found, refused = [], {}
-    for address in dict.fromkeys(addresses):
+    for place in dict.fromkeys(wanted):
         try:
-            found.append(Listener(*address, answers))
-            log(f"listening on {address[0]}:{address[1]} for the CA")
-        except ListenerError as error:
-            refused[address] = str(error)
+            found.append(Listener(place, answers))
+            log(f"listening on {place.host}:{place.port} for the CA")
+        except ChallengeError as error:
+            refused[place] = str(error)
     return found, refused
+
+
+def proves(kind: str, name: str) -> bool:
+    """Whether a challenge type can prove a name at all."""
+    return KINDS[kind].wildcards if name.startswith("*.") else KINDS[kind].addresses if is_address(name) else True
+
+
+def prospects(wanted: CertificateScope, names: Sequence[str], refused: Mapping[Place, str]) -> tuple[str, ...]:
+    """The challenge types that can be answered here, the preferred first; ChallengeError for a name that has none."""
+    problems = {kind: next((refused[place] for place in places(wanted, kind) if place in refused), "") if
+                ways(wanted, kind) else f"nothing answers {kind} here: set {', '.join(KINDS[kind].ways)} or hook"
+                for kind in wanted.challenge}
+    for name in names:
+        fit = [kind for kind in wanted.challenge if proves(kind, name)]
+        if not fit:
+            raise ChallengeError(f"{name}: {' and '.join(wanted.challenge)} cannot prove it; set challenge = "
+                                 + " or ".join(kind for kind in KINDS if proves(kind, name)))
+        if all(problems[kind] for kind in fit):
+            raise ChallengeError("; ".join(dict.fromkeys(problems[kind] for kind in fit)))
+    return tuple(kind for kind in wanted.challenge if not problems[kind])
+
+
+class Task(NamedTuple):
+    """One certificate whose names are to be proved, and what that takes."""
+    names: Sequence[str]
+    wanted: CertificateScope
+    kinds: Sequence[str]        # challenge types, the preferred first
+    until: float                # by the monotonic clock
+    answers: Answers
+    world: World
+    asked: threading.Event      # set when a listener hears the CA ask
+
+
+@contextlib.contextmanager
+def by_tokens(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """Have the listener and tokens/ answer http-01."""
+    try:
+        for one in proofs:
+            task.answers.publish(one.token, one.text, task.asked)
+        yield
+    finally:
+        for one in proofs:
+            task.answers.withdraw(one.token)
+
+
+@contextlib.contextmanager
+def by_webroot(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """Have a web server answer http-01 from its document roots."""
+    planted = []
+    try:
+        for root in task.wanted.webroot:
+            planted += [plant(root, WELL_KNOWN.strip("/").split("/"), one.token, one.text.encode()) for one in proofs]
+        yield
+    finally:
+        for path in planted:
+            remove(path)
+
+
+@contextlib.contextmanager
+def by_greeting(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """Have the listener answer tls-alpn-01 (RFC 8737; for addresses RFC 8738 section 6)."""
+    import ipaddress
+    import ssl
+    answers, greeted = task.answers, []
+    try:
+        for one in proofs:
+            name = ipaddress.ip_address(one.name).reverse_pointer if is_address(one.name) else one.name
+            path = os.path.join(os.path.dirname(answers.directory), f"wucme_{one.token}_tmp")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.set_alpn_protocols(["acme-tls/1"])
+            create(path, challenge_certificate(one.name, one.digest))
+            try:
+                context.load_cert_chain(path)
+            finally:
+                remove(path)
+            answers.asked[one.token] = task.asked
+            answers.contexts[name] = context, one.token
+            greeted.append((name, one.token))
+        yield
+    finally:
+        for name, token in greeted:
+            answers.contexts.pop(name, None)
+            answers.asked.pop(token, None)
+
+
+def ask_dns(task: Task, kind: str, name: str, at: Sequence[str] = ()) -> list[str]:
+    """What the DNS says, in the words of dig; ChallengeError where it cannot be asked."""
+    server = task.wanted.nsupdate.server if task.wanted.nsupdate else ("", "")
+    where = at or ([f"@{server[0]}", "-p", server[1]] if server[0] else [])
+    finished = task.world.command(["dig", "+short", "+time=3", "+tries=2", *where, kind, name], child_environment(),
+                                  COMMAND_SECONDS)
+    if finished.problem:
+        raise ChallengeError(f"dig {kind} {name}: {with_last_line(finished)} (Debian: bind9-dnsutils)")
+    return finished.output
+
+
+def record_texts(task: Task, name: str, at: Sequence[str] = ()) -> list[str]:
+    """The texts of the TXT records of a name, the strings of each joined."""
+    found = []
+    for line in ask_dns(task, "TXT", name, at):
+        parts = re.findall(r'"((?:[^"\\]|\\.)*)"', line)
+        found.append(re.sub(r"\\(.)", r"\1", "".join(parts)))
+    return found
+
+
+def record_name(task: Task, name: str) -> str:
+    """Where the record of dns-01 for a name stands in the end, as others may be told to keep it."""
+    at = f"_acme-challenge.{name}."
+    for _ in range(10):
+        further = [line for line in ask_dns(task, "CNAME", at) if line.endswith(".")]
+        if not further:
+            return at
+        at = further[0].lower()
+    raise ChallengeError(f"{name}: the CNAMEs at _acme-challenge.{name} have no end")
+
+
+def name_servers(task: Task, at: str) -> list[list[str]]:
+    """The name servers of a record's zone, as arguments of dig; the one that is updated where it has its own port."""
+    to = task.wanted.nsupdate
+    if to and to.server[0] and to.server[1] != "53":
+        return [[f"@{to.server[0]}", "-p", to.server[1]]]
+    zone = at
+    while zone.strip("."):
+        servers = [line for line in ask_dns(task, "NS", zone) if line.endswith(".")]
+        if servers:
+            return [[f"@{server.rstrip('.')}"] for server in servers]
+        zone = zone.partition(".")[2]
+    return []
+
+
+def await_records(task: Task, records: Sequence[tuple[str, str]]) -> None:
+    """Wait until all name servers have these records; ChallengeError after dns_wait."""
+    until = task.world.monotonic() + task.wanted.dns_wait
+    for at in dict.fromkeys(at for at, _ in records):
+        wanted = {text for where, text in records if where == at}
+        for server in name_servers(task, at):
+            pause = 0.25
+            while True:
+                with contextlib.suppress(ChallengeError):
+                    if wanted <= set(record_texts(task, at, server)):
+                        break
+                if task.world.monotonic() + pause > until:
+                    raise ChallengeError(f"{at}: the name server {server[0][1:]} has not got the record after "
+                                         f"{task.wanted.dns_wait:g} s (dns_wait)")
+                task.world.sleep(pause)
+                pause = min(pause * 2, 5.0)
+
+
+def update(task: Task, what: str, at: str, text: str) -> str:
+    """Add or delete one TXT record by nsupdate (RFC 2136); the problem, or ""."""
+    to = cast(Updates, task.wanted.nsupdate)
+    lines = [f"server {to.server[0]} {to.server[1]}"] if to.server[0] else []
+    lines += [f"zone {to.zone}"] if to.zone else []
+    lines += [f'update {what} {at} {"60 " if what == "add" else ""}IN TXT "{text}"', "send", ""]
+    finished = task.world.command(["nsupdate", "-t", "20", "-k", to.key], child_environment(), COMMAND_SECONDS,
+                                  given="\n".join(lines))
+    return f"nsupdate: {at}: {with_last_line(finished)}" if finished.problem else ""
+
+
+@contextlib.contextmanager
+def by_nsupdate(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """Answer dns-01 by records in a zone that takes updates."""
+    added: list[tuple[str, str]] = []
+    try:
+        for one in proofs:
+            added.append((record_name(task, one.name), base64url(one.digest)))
+            log(f"{task.names[0]}: setting {added[-1][0]} TXT {added[-1][1]}")
+            problem = update(task, "add", *added[-1])
+            if problem:
+                raise ChallengeError(problem)
+        await_records(task, added)
+        yield
+    finally:
+        for record in added:
+            problem = update(task, "delete", *record)
+            if problem:
+                log(f"{task.names[0]}: a record stays behind: {problem}")
+
+
+def record_fits(found: str, wanted: str, now: float) -> bool:
+    """Whether a record of dns-persist-01 says what it must, and still holds."""
+    def parse(text: str) -> dict[str, str]:
+        issuer, *tags = (part.strip() for part in text.split(";"))
+        pairs = [(tag.strip().lower(), value.strip()) for tag, _, value in (one.partition("=") for one in tags)]
+        return {**dict(pairs), "issuer": issuer.lower()} if len(dict(pairs)) == len(pairs) else {}
+
+    have, want = parse(found), parse(wanted)
+    until = have.pop("persistuntil", "")
+    policy = have.pop("policy", "").lower()
+    return (want.pop("policy", policy) == policy and have == want
+            and (not until or (until.isdigit() and int(until[:15]) > now)))
+
+
+@contextlib.contextmanager
+def by_record(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """See that the lasting records of dns-persist-01 are there; nobody but the owner of the zone sets them."""
+    missing = []
+    for one in proofs:
+        at, wanted = f"_validation-persist.{one.name}.", one.text.splitlines()
+        found = record_texts(task, at)
+        if not any(record_fits(text, line, task.world.now()) for text in found for line in wanted):
+            missing.append(f'set this record once, it stays: {at} IN TXT "{wanted[0]}"'
+                           + (f" (found: {' and '.join(found)})" if found else ""))
+    if missing:
+        raise ChallengeError("; ".join(missing))
+    yield
+
+
+def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
+    """What the templates of a dialect can hold, for one proof."""
+    value = {"text": one.text, "digest": base64url(one.digest), "hex": one.digest.hex()}[dialect.values[one.kind]]
+    return {"kind": one.kind, "name": one.name, "token": one.token, "value": value, "output": "", "rest": "",
+            "http_token": one.token if one.kind == "http-01" else "", "names": " ".join(task.names),
+            "all": ",".join(task.names), "verbose": str(int(log.loud)), "tokens": task.answers.directory,
+            "directory": os.path.dirname(task.answers.directory),
+            "fqdn": record_name(task, one.name) if dialect.waits else ""}
+
+
+def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields: Mapping[str, str]) -> Finished:
+    """Call a hook, with what its dialect wants it to be told."""
+    hook = cast(Hook, task.wanted.hook)
+    told = {key: text.format_map(fields) for key, text in DIALECTS[hook.family].environment.items()}
+    finished = task.world.command([*argv, *(text.format_map(fields) for text in templates)],
+                                  {**child_environment(), **{key: text for key, text in told.items() if text}},
+                                  task.wanted.load_timeout)
+    for line in finished.output:
+        log(f"{task.names[0]}: hook: {line}")
+    return finished
+
+
+@contextlib.contextmanager
+def by_hook(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """Have a program of the user's answer; whatever was begun is ended too."""
+    hook = cast(Hook, task.wanted.hook)
+    dialect = DIALECTS[hook.family]
+    if os.geteuid() == 0 and anyone_may_write(hook.begin[0]):
+        raise ChallengeError(f"{hook.begin[0]}: anyone may write this file, and root would run it; chmod o-w it")
+    begun, verdict = [], "failed"
+    try:
+        for rest, one in zip(range(len(proofs) - 1, -1, -1), proofs):
+            fields = {**hook_fields(task, one, dialect), "rest": str(rest)}
+            finished = call_hook(task, hook.begin, dialect.begin, {**fields, "verdict": "begin"})
+            if dialect.failure != "decline" or not finished.problem.startswith("exit status"):
+                begun.append({**fields, "output": "\n".join(finished.output).strip()})
+            if finished.problem and dialect.failure != "ignore":
+                raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} "
+                                     f"{dialect.failure}s {one.kind}: {with_last_line(finished)}")
+            if finished.problem:
+                log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
+        if dialect.waits:
+            await_records(task, [(fields["fqdn"], fields["value"]) for fields in begun])
+        yield
+        verdict = "done"
+    finally:
+        for fields in begun if hook.end else ():
+            finished = call_hook(task, hook.end, dialect.end, {**fields, "verdict": verdict})
+            if finished.problem:
+                log(f"{task.names[0]}: the hook failed to clean up: {with_last_line(finished)}")
+
+
+WAYS = {"webroot": by_webroot, "listen_tls": by_greeting, "nsupdate": by_nsupdate, "record": by_record, "hook": by_hook}
+
+
+@contextlib.contextmanager
+def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """Answer the CA's questions for as long as this is open; ChallengeError says what cannot be answered, and why."""
+    with contextlib.ExitStack() as stack:
+        for kind in dict.fromkeys(one.kind for one in proofs):
+            some = [one for one in proofs if one.kind == kind]
+            means = [WAYS[way] for way in ways(task.wanted, kind) if way in WAYS]
+            for way in [by_tokens, *means] if kind == "http-01" else means:
+                try:
+                    stack.enter_context(way(task, some))
+                except (WucmeError, OSError) as error:
+                    raise ChallengeError(sentence(error), kind) from error
+        yield
 
 
 # === 9. acme: the protocol, RFC 8555 ===========================================================
@@ -2100,11 +2674,16 @@ FAULT_TRIES = 3
 PATIENCE_SECONDS = 10.0         # a CA that is out of order for longer is left to the next run
 POLL_SECONDS = (0.25, 5.0)      # the first and the longest pause between two looks, unless the CA says,
 ASKED_SECONDS = 0.02            # and the first one after the CA has asked for an answer
-REMEDIES = {
+REMEDIES = {        # by problem type, or by challenge and problem type
     "connection": "the CA could not reach this host: port 80 of the name must lead to the listener",
+    "tls-alpn-01 connection": "the CA could not reach this host: port 443 of the name must lead to the listener",
     "dns": "the name does not resolve for the CA: look at its A, AAAA and CAA records",
+    "dns-01 dns": "the CA finds no TXT record at _acme-challenge: look at the name servers of the zone",
     "unauthorized": "something else answered on port 80 of the name: look where it leads, also its AAAA address",
     "incorrectResponse": "something else answered on port 80 of the name: look where it leads",
+    "dns-01 unauthorized": "the CA finds other TXT records at _acme-challenge: look at the name servers of the zone",
+    "tls-alpn-01 unauthorized": "something else answered on port 443 of the name: look where it leads",
+    "dns-persist-01 unauthorized": "the CA does not find the record at _validation-persist",
     "caa": "a CAA record of the name forbids this CA: change the record or the server",
     "rejectedIdentifier": "this CA gives no certificate for such a name",
     "unsupportedIdentifier": "this CA gives no certificate for such a name",
@@ -2126,6 +2705,7 @@ class Directory(NamedTuple):
     renewal_info: str
     terms: str
     profiles: Mapping[str, Any]
+    meta: Json
 
 
 class Order(NamedTuple):
@@ -2139,18 +2719,21 @@ class Order(NamedTuple):
 
 
 class Challenge(NamedTuple):
-    """A challenge of a kind that is answered here (section 7.1.5)."""
+    """A challenge of a kind that is known here (section 7.1.5)."""
+    kind: str
     url: str
     token: str
     status: str
+    error: Json
+    about: Json
 
 
 class Authorization(NamedTuple):
-    """An authorization (section 7.1.4)."""
+    """An authorization (section 7.1.4); name as it was asked for, with *."""
+    url: str
     name: str
     status: str
-    challenge: Challenge | None
-    errors: tuple[Json, ...]
+    challenges: tuple[Challenge, ...]
 
 
 def json_web_key(key: PrivateKey) -> dict[str, str]:
@@ -2238,9 +2821,10 @@ def problem_text(problem: Json) -> str:
     return printable("; ".join(texts)[:2000])
 
 
-def with_remedy(text: str, kind: str) -> str:
+def with_remedy(text: str, kind: str, challenge: str = "") -> str:
     """What the CA said, and what to do about it."""
-    return f"{text} ({REMEDIES[kind]})" if kind in REMEDIES else text
+    remedy = REMEDIES.get(f"{challenge} {kind}") or REMEDIES.get(kind)
+    return f"{text} ({remedy})" if remedy else text
 
 
 ASK_SECONDS = (60.0, 86400.0, 21600.0)      # ARI: the shortest and longest wait that a CA may ask for, and without
@@ -2359,7 +2943,7 @@ class Client:
                   for key in ("keyChange", "revokeCert", "renewalInfo")]
         return Directory(needed[0], needed[1], needed[2], others[0], others[1], others[2],
                          printable(str(meta.get("termsOfService") or "")),
-                         profiles if isinstance(profiles, dict) else {})
+                         profiles if isinstance(profiles, dict) else {}, meta)
 
     def own_url(self, value: object, what: str) -> str:
         """A URL that the CA gave, if it is https and of the CA's host."""
@@ -2500,25 +3084,58 @@ class Client:
                      error if isinstance(error, dict) else {})
 
     def authorization(self, url: str, names: Sequence[str]) -> Authorization:
-        """An authorization, with its http-01 challenge; others are passed over (section 7.5)."""
+        """An authorization, with those of its challenges whose types are known here (section 7.5)."""
         found = read_object(self.post(url, None), url)
         who = found.get("identifier")
-        name = str(who.get("value") if isinstance(who, dict) else "").lower()
-        if name not in {one[2:] if one.startswith("*.") else one for one in names}:
-            raise ProtocolError(f"{url}: the CA wants an authorization for {printable(name)[:100]!r}, not asked for")
-        challenge, errors = None, []
+        value = str(who.get("value") if isinstance(who, dict) else "").lower()
+        # Some say that it is for a wildcard, and all mean it if the bare name was not asked for.
+        wildcard = found.get("wildcard") is True or value not in names
+        name = f"*.{value.removeprefix('*.')}" if wildcard else value
+        if name not in names:
+            raise ProtocolError(f"{url}: the CA wants an authorization for {printable(value)[:100]!r}, not asked for")
         listed = found.get("challenges")
-        for one in listed if isinstance(listed, list) else []:
-            if not isinstance(one, dict):
-                continue
-            if isinstance(one.get("error"), dict):
-                errors.append(one["error"])
-            if one.get("type") == "http-01":
-                token = one.get("token")
-                if not isinstance(token, str) or not TOKEN.fullmatch(token):
-                    raise ProtocolError(f"{url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
-                challenge = Challenge(self.own_url(one.get("url"), "challenge"), token, str(one.get("status")))
-        return Authorization(name, str(found.get("status")), challenge, tuple(errors))
+        challenges = [self.parse_challenge(one) for one in (listed if isinstance(listed, list) else [])
+                      if isinstance(one, dict) and one.get("type") in KINDS]
+        return Authorization(url, name, str(found.get("status")), tuple(filter(None, challenges)))
+
+    def parse_challenge(self, found: Json) -> Challenge | None:
+        """A challenge; None for one without the token that it needs (section 8)."""
+        kind, token, error = str(found["type"]), found.get("token"), found.get("error")
+        if kind == "dns-persist-01":
+            token = ""
+        elif token is None:
+            return None
+        elif not isinstance(token, str) or not TOKEN.fullmatch(token):
+            raise ProtocolError(f"{self.url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
+        return Challenge(kind, self.own_url(found.get("url"), "challenge"), token, str(found.get("status")),
+                         error if isinstance(error, dict) else {}, found)
+
+    def answer(self, challenge: Challenge) -> None:
+        """Have the CA look for an answer; twice more if it says at once that it did not find it (section 8.2)."""
+        error: Json = {}
+        for pause in (1.0, 3.0, 0.0):
+            found = read_object(self.post(challenge.url, {}), challenge.url)
+            error = found["error"] if isinstance(found.get("error"), dict) else {}
+            if found.get("status") != "pending" or not error:
+                return
+            self.world.sleep(pause)
+        kind = problem_kind(error)
+        raise AcmeError(with_remedy(problem_text(error), kind, challenge.kind), kind)
+
+    def persistent_records(self, challenge: Challenge, name: str) -> list[str]:
+        """The records of which one satisfies dns-persist-01 for a name, as the CA's draft of it has them."""
+        import hashlib
+        meta, about = self.directory.meta, challenge.about
+        prefix, uri = meta.get("accountHashPrefix"), about.get("accounturi") or self.account
+        wildcard, domain = name.startswith("*."), name.removeprefix("*.")
+        if isinstance(prefix, str):         # draft -02: a digest in place of the account's URL
+            digest = hashlib.sha256(bytes([len(domain)]) + f"{domain}{thumbprint(self.key)}{self.account}".encode())
+            uri = f"{prefix}sha-256/{base64url(digest.digest())}"
+        issuers = next((found for found in (about.get("issuerDomainNames"), about.get("issuer-domain-names"),
+                                            meta.get("issuerDomainNames")) if isinstance(found, list)), [])
+        policy = "; policy=wildcard" if wildcard else ""
+        return [f"{issuer}; accounturi={uri}{policy}" for issuer in issuers[:10]
+                if re.fullmatch(r"[A-Za-z0-9.-]+", str(issuer)) and re.fullmatch(r"[!-:<-~]+", str(uri))]
 
     def renewal_window(self, name: str) -> tuple[Window | None, float]:
         """The window that the CA suggests for a certificate, None for none, and the seconds to the next question."""
@@ -2547,46 +3164,71 @@ class Client:
                 self.world.sleep(max(wait, pause))
             pause = min(pause * 2, POLL_SECONDS[1])
 
+    def abandon(self, order: Order, names: Sequence[str]) -> list[Authorization]:
+        """Give up an order: what is still pending of it is deactivated (section 7.5.2); its authorizations as found."""
+        found = [self.authorization(url, names) for url in order.authorizations]
+        for one in found:
+            if one.status == "pending":
+                with contextlib.suppress(WucmeError):       # a courtesy
+                    self.post(one.url, {"status": "deactivated"})
+        return found
+
     def complaint(self, order: Order, names: Sequence[str]) -> AcmeError:
         """Why an order turned invalid, name by name."""
-        problems = [(f"{found.name}: ", problem) for found in
-                    (self.authorization(url, names) for url in order.authorizations) for problem in found.errors]
-        problems = problems or [("", order.error)]
-        kind = problem_kind(problems[0][1])
-        text = "; ".join(f"{who}{problem_text(problem)}" for who, problem in problems)
-        return AcmeError(with_remedy(text, kind), kind)
+        found = [(one.name, challenge) for one in self.abandon(order, names) for challenge in one.challenges
+                 if challenge.error]
+        problems = [(f"{name}: ", one.kind, one.error) for name, one in found] or [("", "", order.error)]
+        _, challenge, first = problems[0]
+        text = "; ".join(f"{who}{problem_text(problem)}" for who, _, problem in problems)
+        error = AcmeError(with_remedy(text, problem_kind(first), challenge), problem_kind(first))
+        error.spent = [one.kind for _, one in found]
+        return error
 
 
-def authorize(client: Client, order: Order, names: Sequence[str], answers: Answers, until: float) -> Order:
+def take_up(client: Client, found: Authorization, kinds: Sequence[str]) -> tuple[Challenge, Proof]:
+    """The challenge to take up, of those that the CA offers for a name, and what proves it."""
+    offered = {one.kind: one for one in found.challenges}
+    for kind in kinds:
+        one = offered.get(kind)
+        if one is None or not proves(kind, found.name):
+            continue
+        text = "\n".join(client.persistent_records(one, found.name)) if kind == "dns-persist-01" else \
+            f"{one.token}.{thumbprint(client.key)}"
+        if text:
+            return one, Proof(kind, found.name.removeprefix("*."), one.token, text)
+    raise ChallengeError(f"{found.name}: to prove it the CA offers {' and '.join(offered) or 'nothing known here'}, of "
+                         f"which nothing is set up here (challenge = {' '.join(kinds)})", *kinds)
+
+
+def authorize(client: Client, order: Order, task: Task) -> Order:
     """Prove control of every name of an order; the order comes back as the CA left it (section 7.5)."""
-    import threading
+    names = task.names
     if order.status != "pending":
         return order
-    pending, asked = [], threading.Event()
+    pending = []
     for url in order.authorizations:
         log(f"{names[0]}: retrieving authorization at {url}")
         found = client.authorization(url, names)
-        if found.status != "pending":
-            continue
-        if found.challenge is None:
-            raise ListenerError(f"{found.name}: the CA offers no http-01 challenge for it")
-        pending.append(found.challenge)
-    try:
-        for one in pending:
-            answers.publish(one.token, f"{one.token}.{thumbprint(client.key)}", asked)
-        for one in [one for one in pending if one.status == "pending"]:
-            log(f"{names[0]}: starting challenge at {one.url}")
-            client.post(one.url, {})
+        if found.status == "pending":
+            pending.append(take_up(client, found, task.kinds))
+    begun = client.world.monotonic()
+    with answering(task, [proof for _, proof in pending]):
+        # To publish may take longer than all the rest.
+        until = task.until + client.world.monotonic() - begun
+        for challenge, proof in pending:
+            if challenge.status == "pending":
+                log(f"{names[0]}: starting challenge at {challenge.url} ({proof.kind})")
+                client.answer(challenge)
         log(f"{names[0]}: polling order status at {order.url}")
-        order = client.settle(order, names, ("pending",), until, asked if pending else None)
+        heard = [challenge for challenge, proof in pending if places(task.wanted, proof.kind)]
+        order = client.settle(order, names, ("pending",), until, task.asked if heard else None)
         if order.status == "invalid":
-            unheard = [one.token for one in pending if one.token not in answers.heard]
-            log(f"{names[0]}: " + ("no request of the CA came to the listener here" if len(unheard) == len(pending)
-                                   else "the CA has asked the listener here, and was answered"))
-        return order
-    finally:
-        for one in pending:
-            answers.withdraw(one.token)
+            if heard:
+                log(f"{names[0]}: " + ("the CA has asked the listener here, and was answered"
+                                       if any(one.token in task.answers.heard for one in heard)
+                                       else "no request of the CA came to the listener here"))
+            raise client.complaint(order, names)
+    return order
 
 
 def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
@@ -2667,7 +3309,7 @@ def put_key(entry: Entry, key: bytes) -> list[Step]:
 def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     """The steps that make a checked chain and its key the live pair of an entry."""
     chain = b"".join(certificates(chain))
-    rotate, linked = entry.wanted.rotate, is_linked(entry)
+    rotate, linked = entry.wanted.rotate and not entry.wanted.csr, is_linked(entry)
     old_key = private_key(read(entry.key)) if entry.whole else b""
     same = old_key == private_key(key)
     first = back_ups([entry.chain] if same or linked else [entry.key, entry.chain], stamp)
@@ -2740,9 +3382,6 @@ def account_files(directory: str, server: str, url: str, first: bool) -> Account
 # === 11. load: what is owed to the servers ======================================================
 # An item is owed by this host as long as the certificate on disk is not the one that it last did
 # with success. There is no other way in which anything is loaded.
-
-SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
-
 
 class Standard(NamedTuple):
     """A server that `+` knows: how to find it, test its configuration, and have it read its files again."""
@@ -2884,16 +3523,12 @@ def duties(entries: Iterable[Entry], items: Mapping[str, Item], due: Callable[[E
     return found
 
 
-def child_environment() -> dict[str, str]:
-    """The caller's environment, with a PATH that cron's lacks."""
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
-
-
 def load_environment(entry: Entry, directory: str, host: str) -> dict[str, str]:
     """What a procedure or command is told of the certificate that it is run for."""
     about = entry.facts
     return {**child_environment(), "WUCME_NAME": entry.name, "WUCME_NAMES": " ".join(about.names if about else ()),
-            "WUCME_CERT": entry.chain, "WUCME_KEY": entry.key, "WUCME_DIRECTORY": directory, "WUCME_HOST": host,
+            "WUCME_CERT": entry.chain, "WUCME_KEY": "" if entry.wanted.csr else entry.key,
+            "WUCME_DIRECTORY": directory, "WUCME_HOST": host,
             "WUCME_FINGERPRINT": about.fingerprint if about else ""}
 
 
@@ -2915,12 +3550,6 @@ def test_server(kind: Standard, master: Process, timeout: float, world: World) -
     where = proc_link(master.pid, "cwd")
     argv = [program or kind.commands[0], *kind.test, *own_options(master.argv, kind.options)]
     return world.command(argv, environment, timeout, cwd=where if os.path.isdir(where) else "/")
-
-
-def with_last_line(finished: Finished) -> str:
-    """The problem of a command with the last that it said, "" for none."""
-    said = [line for line in finished.output if line.strip()][-1:] if finished.problem else []
-    return ": ".join([finished.problem, *said])[:500]
 
 
 def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
@@ -3094,16 +3723,17 @@ class Opened(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Something to be done for one certificate, beside others."""
+    """Something to be done for one certificate, beside others; no longer than so many seconds are waited for it."""
     name: str
     act: Callable[[], Any]
+    limit: float
 
 
 class Obtained(NamedTuple):
-    """A chain as the CA sent it, the key it was ordered for, and what to remember."""
+    """A chain as the CA sent it, the key it was ordered for (None where its user has it), and what to remember."""
     entry: Entry
     chain: bytes
-    key: PrivateKey
+    key: PrivateKey | None
     server: str
 
 
@@ -3279,19 +3909,50 @@ def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
     return new_key(entry.wanted.key)
 
 
-def obtain(entry: Entry, by: Opened, answers: Answers, run: RunScope, until: float) -> Obtained:
+def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
     """Take one certificate through the whole of ACME, with what a killed run needs to go on written down."""
-    client, names = by.client, wanted_names(entry)
+    client, names = by.client, task.names
+    given = request_facts(read(entry.wanted.csr)) if entry.wanted.csr else None
+    if given and set(given[1]) != set(names):
+        raise PemError(f"{entry.wanted.csr}: asks for {' '.join(given[1]) or 'no name'}, not for {' '.join(names)}")
     order = start_order(by, entry, names)
-    key = choose_key(entry, order.url == entry.memory.order)
+    key = None if given else choose_key(entry, order.url == entry.memory.order)
     entry = remember(run.directory, entry, order=order.url, order_server=client.url)
-    if not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash:
+    if key and (not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash):
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
-    order = authorize(client, order, names, answers, until)
-    first = finish(client, order, names, signing_request(key, names), until)
+    order = authorize(client, order, task)
+    request = given[0] if given else signing_request(cast("PrivateKey", key), names)
+    first = finish(client, order, names, request, max(task.until, client.world.monotonic() + run.timeout))
     chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
     return Obtained(entry, chain, key, client.url)
+
+
+def give_up_order(entry: Entry, client: Client, run: RunScope) -> Entry:
+    """Forget an order that cannot be finished, here and at the CA."""
+    memory = read_memory(state_path(run.directory, entry.name))
+    with contextlib.suppress(WucmeError):       # a courtesy
+        order, _ = client.fetch_order(client.own_url(memory.order, "order"), wanted_names(entry))
+        if order.status == "pending":
+            client.abandon(order, wanted_names(entry))
+    return remember(run.directory, entry._replace(memory=memory, written=memory), order="", order_server="")
+
+
+def obtain_by_some_way(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
+    """Obtain one certificate by the first challenge types that work; each further try is a new order."""
+    verdict: WucmeError | None = None
+    while True:
+        try:
+            return obtain(entry, by, task, run)
+        except (ChallengeError, AcmeError) as error:
+            left = tuple(kind for kind in task.kinds if kind not in error.spent)
+            # What a CA refused must count for the ladder, whatever failed afterwards.
+            verdict = error if isinstance(error, AcmeError) or not verdict else verdict
+            fit = all(any(proves(kind, name) for kind in left) for name in task.names)
+            if not error.spent or not fit or task.world.monotonic() > task.until:
+                raise verdict from None
+            log(f"{task.names[0]}: {error}; trying {' or '.join(left)}")
+            task, entry = task._replace(kinds=left), give_up_order(entry, by.client, run)
 
 
 def preference(entry: Entry, settings: Settings) -> list[str]:
@@ -3346,34 +4007,37 @@ class Clients:
                     note_account(found.client, found.account)
 
 
-def obtain_somewhere(entry: Entry, clients: Clients, answers: Answers, run: RunScope) -> Obtained:
+def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answers: Answers, run: RunScope) -> Obtained:
     """Obtain one certificate from the first of its CAs that can be reached."""
+    import threading
     monotonic, words = clients.world.monotonic, preference(entry, clients.settings)
     until = monotonic() + run.deadline
+    task = Task(wanted_names(entry), entry.wanted, kinds, until, answers, clients.world, threading.Event())
     for word in words[:-1]:
         try:
-            return obtain(entry, clients.enter(word), answers, run, until)
+            return obtain_by_some_way(entry, clients.enter(word), task, run)
         except NetworkError as error:
             if monotonic() > until:
                 raise
             log(f"{entry.title}: {error}; trying the next CA")
-    return obtain(entry, clients.enter(words[-1]), answers, run, until)
+    return obtain_by_some_way(entry, clients.enter(words[-1]), task, run)
 
 
 def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     """Check a certificate as it would go live, and make it live."""
-    entry, key = obtained.entry, obtained.key
-    names = wanted_names(entry)
+    entry, names = obtained.entry, wanted_names(obtained.entry)
+    kept = read(entry.key) if obtained.key is None or entry.whole else b""
+    public = key_hash(obtained.key.public_key()) if obtained.key else key_of(kept)
     temporary = f"{entry.chain}_tmp"
     log(f"saving certificate to {temporary}")
     create(temporary, obtained.chain)
     waiting = f"{entry.key}_tmp"
     log(f"reading private key {waiting if os.path.exists(waiting) else entry.key}")
-    extra = check_chain(read(temporary), key, names, now)
+    extra = check_chain(read(temporary), public, names, now)
     if extra:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
-    secret = private_key(read(entry.key)) if entry.whole and key_hash(key.public_key()) == entry.memory.key_hash \
-        else key_pem(key)
+    same = obtained.key is None or (entry.whole and public == entry.memory.key_hash)
+    secret = private_key(kept) if same else key_pem(cast("PrivateKey", obtained.key))
     for step in switch(entry, obtained.chain, secret, mark):
         if not step.text.startswith("saving"):
             log(step.text)
@@ -3419,6 +4083,12 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
     return Outcome(entry.title, "failed", problem, news)
 
 
+def patience(entry: Entry, run: RunScope) -> float:
+    """The seconds after which a certificate is given up for this run, whatever its worker does."""
+    slow = 2 * entry.wanted.load_timeout * len(wanted_names(entry)) if entry.wanted.hook else 0.0
+    return run.deadline + 3 * run.timeout + slow + (entry.wanted.dns_wait if entry.wanted.nsupdate or slow else 0.0)
+
+
 def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
          world: World) -> None:
     """What a worker does: one job after the other, each ending in a value."""
@@ -3451,8 +4121,8 @@ def gather(jobs: list[Job], run: RunScope, world: World) -> Iterator[tuple[str, 
         try:
             job, result = results.get(timeout=1.0)
         except queue.Empty:
-            limit = world.monotonic() - run.deadline - 3 * run.timeout
-            late = [name for name in left if started.get(name, limit + 1) < limit]
+            now = world.monotonic()
+            late = [name for name, job in left.items() if started.get(name, now) < now - job.limit]
             if not late:
                 continue
             job, result = left[late[0]], NetworkError("did not end within the deadline; a later run goes on with it")
@@ -3460,20 +4130,14 @@ def gather(jobs: list[Job], run: RunScope, world: World) -> Iterator[tuple[str, 
             yield job.name, result
 
 
-def check_challenge(entry: Entry, refused: Mapping[tuple[str, int], str]) -> None:
-    """Refuse, before any order, a certificate whose challenge cannot be answered from here."""
+def check_names(entry: Entry) -> Sequence[str]:
+    """The names to order; PemError for one found in a certificate that no CA would take."""
     for name in wanted_names(entry):
-        if name.startswith("*."):
-            raise ListenerError(f"{name}: http-01 cannot prove a wildcard")
         try:
             host_name(name)
         except ValueError as error:
             raise PemError(f"{entry.chain}: {error}; declare it, with names = ...") from error
-    if not entry.wanted.listen:
-        raise ListenerError("listen = none: nothing here answers the challenge")
-    for address in entry.wanted.listen:
-        if address in refused:
-            raise ListenerError(refused[address])
+    return wanted_names(entry)
 
 
 def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World) -> Tended:
@@ -3491,13 +4155,15 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
     run = settings.run
     urgent = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
     answers = Answers(run.directory)
-    listeners, refused = open_listeners((address for entry in urgent for address in entry.wanted.listen), answers)
+    listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
+                                         for place in places(entry.wanted, kind)), answers)
     jobs = []
     try:
         for entry in urgent:
             try:
-                check_challenge(entry, refused)
-                jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, clients, answers, run)))
+                kinds = prospects(entry.wanted, check_names(entry), refused)
+                jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, kinds, clients, answers, run),
+                                patience(entry, run)))
             except WucmeError as error:
                 yield entry, fail(entry, error, run, now)
         entries = {entry.name: entry for entry in urgent}
@@ -3544,7 +4210,8 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
 
     found = {one.entry.name: one.entry for one in decisions if not one.due and not one.held and one.entry.facts
              and one.entry.facts.ari and now >= one.entry.memory.ask_at and not one.entry.wanted.renew.never}
-    jobs = [Job(name, functools.partial(question, entry)) for name, entry in found.items()]
+    jobs = [Job(name, functools.partial(question, entry), patience(entry, settings.run))
+            for name, entry in found.items()]
     for name, result in gather(jobs, settings.run, clients.world):
         found[name] = advised(found[name], result, settings.run, now)
     return found
@@ -3884,6 +4551,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
     parser.add_argument("--reason", default="unspecified")
+    parser.add_argument("--csr", dest="set_csr")
     for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
@@ -3992,6 +4660,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         settings, request = understand(arguments)
         return act(settings, request, world)
     except SystemExit as error:
+        ending.kill()
         log(f"stopped by {signal.Signals(int(error.code or 0) - 128).name}")
         log.flush()
         raise
