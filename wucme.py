@@ -2453,11 +2453,13 @@ class Client:
             if error.kind != "alreadyRevoked":
                 raise
 
-    def register_again(self, lost: str, who: Applicant) -> None:
-        """Make the account anew with the same key, once, when the CA has lost it."""
+    def register_again(self, lost: str, who: Applicant, agreed: bool) -> None:
+        """Make the account anew with the same key, once, when the CA has lost it; SettingsError if not `agreed`."""
+        terms = self.directory.terms
         with self.guard:
-            if self.account == lost:
-                self.register(who, True)
+            if self.account == lost and not self.register(who, agreed or not terms):
+                raise SettingsError(f"{self.url}: the CA has lost the account {lost}; to make it again, its terms of "
+                                    f"service at {terms} must be agreed to: set agree = yes, or use --agree")
 
     def new_order(self, names: Sequence[str], profile: str = "", replaces: str = "") -> Order:
         """A new order for these names (section 7.4), by a profile, in place of an old certificate (RFC 9773, 5)."""
@@ -3259,7 +3261,7 @@ def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
     except AcmeError as error:
         if error.kind != "accountDoesNotExist":
             raise
-        client.register_again(account, by.who)
+        client.register_again(account, by.who, by.server.agree)
         order = client.new_order(names, profile, replaces)
     log(f"{names[0]}: order URL: {order.url}")
     return order
