@@ -1055,7 +1055,6 @@ KNOWN_SERVERS = {
     "actalis": "https://acme-api.actalis.com/acme/directory",
 }
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-DURATION = re.compile(r"([0-9]{1,9})([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INI_HEAD = """\
 # wucme.ini: settings of wucme.py; see wucme.py --help.
@@ -1112,13 +1111,41 @@ class Renewal(NamedTuple):
         return self == Renewal()
 
 
+def form(pattern: str, fault: str, convert: Callable[[str], T]) -> Callable[[str], T]:
+    """The reader of texts of one form; ValueError says what a text must be."""
+    def read_text(text: str) -> T:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(fault)
+        return convert(text)
+
+    return read_text
+
+
+def each(reader: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """The reader of several values with blanks between, of which each counts once."""
+    return lambda text: tuple(dict.fromkeys(reader(word) for word in text.split()))
+
+
+def seconds(text: str) -> float:
+    """The seconds of a duration."""
+    return float(text[:-1]) * SECONDS[text[-1]]
+
+
+def renewal(text: str) -> Renewal:
+    """auto, never, a duration, a bare number of days, or a percentage of the lifetime."""
+    if text.endswith("%"):
+        return Renewal(share=int(text[:-1]) / 100)
+    if text[0].isdigit():
+        return Renewal(seconds=seconds(f"{text}d" if text.isdigit() else text))
+    return Renewal(auto=text == "auto")
+
+
 def a_url(text: str) -> str:
     """An https URL, or none."""
     import urllib.parse
-    if text:
-        at = urllib.parse.urlsplit(text)
-        if at.scheme != "https" or not at.hostname or at.port == 0:
-            raise ValueError("must be an https:// URL")
+    at = urllib.parse.urlsplit(text)
+    if text and (at.scheme != "https" or not at.hostname or at.port == 0):
+        raise ValueError("must be an https:// URL")
     return text
 
 
@@ -1127,80 +1154,17 @@ def a_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text)) if text else ""
 
 
-def a_label(text: str) -> str:
-    """A word that can stand in a file name."""
-    if text and not SAFE_NAME.fullmatch(text):
-        raise ValueError("only letters, digits, '.', '_' and '-' can be used")
-    return text
+def an_address(text: str) -> tuple[str, int]:
+    """An address to listen on, as host and port; host "" is every address."""
+    match = re.fullmatch(r"(.*):([0-9]{1,5})", text)
+    if not match or not 0 < int(match[2]) < 65536:
+        raise ValueError(f"{text!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
+    return match[1].strip("[]"), int(match[2])
 
 
-def a_flag(text: str) -> bool:
-    """Yes or no."""
-    if text.lower() not in ("yes", "no"):
-        raise ValueError("must be yes or no")
-    return text.lower() == "yes"
-
-
-def a_count(text: str) -> int:
-    """A whole number, zero or more."""
-    if not text.isdigit():
-        raise ValueError("must be a whole number")
-    return int(text)
-
-
-def a_number(text: str) -> int:
-    """A whole number, one or more."""
-    if not a_count(text):
-        raise ValueError("must be a whole number, at least 1")
-    return int(text)
-
-
-def a_duration(text: str) -> float:
-    """A time such as 20s, 10m, 12h or 30d, in seconds."""
-    match = DURATION.fullmatch(text)
-    if not match:
-        raise ValueError("must be a duration such as 20s, 10m, 12h or 30d")
-    return float(match[1]) * SECONDS[match[2]]
-
-
-def a_limit(text: str) -> float:
-    """A duration of a second or more."""
-    if not a_duration(text):
-        raise ValueError("must be at least 1s")
-    return a_duration(text)
-
-
-def a_renewal(text: str) -> Renewal:
-    """auto, never, a duration, a bare number of days, or a percentage of the lifetime."""
-    if text in ("auto", "never"):
-        return Renewal(auto=text == "auto")
-    if text.isdigit():
-        text += "d"
-    if text.endswith("%") and text[:-1].isdigit() and 0 < int(text[:-1]) < 100:
-        return Renewal(share=int(text[:-1]) / 100)
-    try:
-        return Renewal(seconds=a_duration(text))
-    except ValueError:
-        raise ValueError("must be auto, never, a duration such as 30d or 12h, or a share such as 25%") from None
-
-
-def a_key_kind(text: str) -> str:
-    """One of KEY_KINDS."""
-    if text not in KEY_KINDS:
-        raise ValueError(f"must be one of {', '.join(KEY_KINDS)}")
-    return text
-
-
-def an_hmac(text: str) -> str:
-    """A JWS MAC algorithm (RFC 7518 section 3.2)."""
-    if text not in ("HS256", "HS384", "HS512"):
-        raise ValueError("must be HS256, HS384 or HS512")
-    return text
-
-
-def some_words(text: str) -> tuple[str, ...]:
-    """Words with blanks between."""
-    return tuple(text.split())
+def some_addresses(text: str) -> tuple[tuple[str, int], ...]:
+    """Addresses to listen on, or none."""
+    return each(an_address)("" if text == "none" else text)
 
 
 def some_lines(text: str) -> tuple[str, ...]:
@@ -1208,28 +1172,20 @@ def some_lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def some_servers(text: str) -> tuple[str, ...]:
-    """Names or URLs of CAs, one at least."""
-    words = some_words(text)
-    if not words:
-        raise ValueError("must name a CA")
-    return tuple(a_url(word) if "://" in word else word for word in words)
-
-
-def some_names(text: str) -> tuple[str, ...]:
-    """Host names and addresses, each once, in order."""
-    return tuple(dict.fromkeys(host_name(word) for word in text.split()))
-
-
-def some_addresses(text: str) -> tuple[tuple[str, int], ...]:
-    """Addresses to listen on, as host and port; host "" is every address."""
-    found = []
-    for word in text.split() if text != "none" else ():
-        host, colon, port = word.rpartition(":")
-        if not colon or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError(f"{word!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
-        found.append((host.strip("[]"), int(port)))
-    return tuple(found)
+DURATION_FAULT = "must be a duration such as 20s, 10m, 12h or 30d"
+a_duration = form("[0-9]{1,9}[smhd]", DURATION_FAULT, seconds)
+a_limit = form("0*[1-9][0-9]{0,8}[smhd]", f"{DURATION_FAULT}, at least 1s", seconds)
+a_renewal = form("auto|never|0*[1-9][0-9]?%|[0-9]{1,9}[smhd]?",
+                 "must be auto, never, a duration such as 30d or 12h, or a share such as 25%", renewal)
+a_count = form("[0-9]{1,9}", "must be a whole number", int)
+a_number = form("0*[1-9][0-9]{0,8}", "must be a whole number, at least 1", int)
+a_flag = form("(?i:yes|no)", "must be yes or no", lambda text: text.lower() == "yes")
+a_label = form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and '-' can be used", str)
+a_key_kind = form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
+an_hmac = form("HS(256|384|512)", "must be HS256, HS384 or HS512", str)     # RFC 7518 section 3.2
+some_words = each(str)
+some_names = each(host_name)
+some_servers = form(".+", "must name a CA", each(lambda word: a_url(word) if "://" in word else word))
 
 
 class RunScope(NamedTuple):
