@@ -162,7 +162,7 @@ KEY, OTHER_KEY = new_key(), new_key()
 ROOT = Issuer("root")
 INTERMEDIATE = Issuer("intermediate", ROOT)
 CHAIN = INTERMEDIATE.chain(KEY)
-DEFAULT = wucme.CertificateScope(**wucme.default_values(wucme.CertificateScope))
+DEFAULT = wucme.read_settings(wucme.NOWHERE, {}).default
 
 
 # --- 1. errors ---------------------------------------------------------------------------------

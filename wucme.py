@@ -95,7 +95,6 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, 
 
 if TYPE_CHECKING:
     import argparse
-    import configparser
     import http.client
     import queue
     import subprocess
@@ -1245,7 +1244,10 @@ class ServerScope(NamedTuple):
     eab_alg: str = setting(an_hmac, "HS256", "its algorithm: HS256, HS384 or HS512", "NAME")
 
 
-SCOPES: tuple[Any, ...] = (RunScope, CertificateScope, ServerScope)
+SCOPES: dict[Any, tuple[str, str]] = {       # with the title of its section, and what it is of
+    RunScope: ("[wucme]", "the whole run"),
+    CertificateScope: ("[NAME]", "each certificate; also in a section [NAME]"),
+    ServerScope: ("[server NAME]", "each CA; also in a section [server NAME]")}
 SETTINGS: dict[str, Setting] = {name: field for scope in reversed(SCOPES)
                                 for name, field in scope._field_defaults.items()}
 
@@ -1257,17 +1259,19 @@ class Source(NamedTuple):
 
     def where(self, section: str, key: str = "", item: str = "") -> str:
         """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        lines = self.text.splitlines()
-        start = next((at for at, line in enumerate(lines, 1) if line.strip() == f"[{section}]"), 0)
-        for at, line in enumerate(lines[start:] if start else (), start + 1):
+        place, inside = 0, False
+        for number, line in enumerate(self.text.splitlines(), 1):
             plain = line.strip()
+            word, _, value = (part.strip() for part in plain.partition("="))
             if line.startswith("["):
-                break
-            words = plain.partition("=")
-            is_key = words[0].strip().lower() == key
-            if (plain == item or (is_key and words[2].strip() == item)) if item else (key and is_key):
-                return f"{self.path}:{at}"
-        return f"{self.path}:{start}" if start else self.path or "the command line"
+                inside = plain == f"[{section}]"
+                place = number if inside else place
+            elif inside and plain and (plain == item or (word.lower() == key and item in ("", value))):
+                return f"{self.path}:{number}"
+        return f"{self.path}:{place}" if place else self.path or "the command line"
+
+
+NOWHERE = Source("", "")
 
 
 class Section(NamedTuple):
@@ -1295,18 +1299,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
-def ini_fault(error: configparser.Error) -> str:
-    """LINE: what is wrong, for what the reader of inis refuses."""
-    import configparser
-    if isinstance(error, configparser.DuplicateOptionError):
-        return f"{error.lineno}: {error.option} stands twice in [{error.section}]; keep one"
-    if isinstance(error, configparser.DuplicateSectionError):
-        return f"{error.lineno}: [{error.section}] stands twice; join the two"
-    if isinstance(error, configparser.MissingSectionHeaderError):
-        return f"{error.lineno}: {printable(error.line.strip())!r} stands before any section; begin with [wucme]"
-    lines = getattr(error, "errors", None)
-    number, line = lines[0] if lines else (0, str(error))
-    return f"{number}: {printable(str(line))} is neither KEY = VALUE nor a section"
+INI_FAULTS = {
+    "DuplicateOptionError": "{0.option} stands twice in [{0.section}]; keep one",
+    "DuplicateSectionError": "[{0.section}] stands twice; join the two",
+    "MissingSectionHeaderError": "{1!r} stands before any section; begin with [wucme]",
+}
 
 
 def parse_ini(source: Source) -> dict[str, dict[str, str]]:
@@ -1320,7 +1317,11 @@ def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     try:
         parser.read_string(source.text)
     except configparser.Error as error:
-        raise SettingsError(f"{source.path}:{ini_fault(error)}") from error
+        about: Any = error
+        number = about.lineno if hasattr(about, "lineno") else about.errors[0][0]
+        line = source.text.split("\n")[number - 1].strip()
+        fault = INI_FAULTS.get(type(error).__name__, "{1!r} is neither KEY = VALUE nor a section")
+        raise SettingsError(f"{source.path}:{number}: {fault.format(error, line)}") from error
     return {title: dict(parser.items(title)) for title in parser.sections()}
 
 
@@ -1341,15 +1342,22 @@ def parse_value(source: Source, section: str, key: str, text: str) -> Any:
         raise SettingsError(f"{source.where(section, key)}: {key} = {printable(text)}: {error}") from error
 
 
-def pick(source: Source, section: str, texts: Mapping[str, str], scope: Any) -> dict[str, Any]:
-    """The values of those settings in a section that belong to one scope."""
-    return {key: parse_value(source, section, key, text) for key, text in texts.items()
-            if key in scope._field_defaults}
+def read_texts(source: Source, title: str, texts: Mapping[str, str], *scopes: Any) -> dict[str, Any]:
+    """The values of a section that may have settings of these scopes; SettingsError for a key of none of them."""
+    known = [name for scope in scopes for name, field in scope._field_defaults.items()
+             if len(scopes) == 1 or not field.local]
+    for key in texts:
+        if key not in known:
+            home = next((home for scope, (home, _) in SCOPES.items() if key in scope._fields), "")
+            raise SettingsError(f"{source.where(title, key)}: " + (
+                f"{key} belongs into {home}, not into [{title}]" if home else
+                f"unknown setting {key!r}{nearest(key, known)}"))
+    return {key: parse_value(source, title, key, text) for key, text in texts.items()}
 
 
-def default_values(scope: Any) -> dict[str, Any]:
-    """Every setting of a scope at its default."""
-    return {key: field.kind(field.default) for key, field in scope._field_defaults.items()}
+def pick(scope: Any, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of several layers that belong to one scope; the last layer that has one counts."""
+    return {key: value for layer in layers for key, value in layer.items() if key in scope._fields}
 
 
 def default_directory() -> str:
@@ -1383,42 +1391,26 @@ def read_source(path: str) -> Source:
         raise SettingsError(f"{path}: anyone may write this file, and it says what root runs; chmod o-w {path}")
     try:
         return Source(path, read(path).decode("utf-8-sig"))
-    except (FileError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{sentence(error)}" if isinstance(error, FileError)
-                            else f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except FileError as error:
+        raise SettingsError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def check_keys(source: Source, title: str, texts: Mapping[str, str], scopes: Sequence[Any]) -> None:
-    """Refuse a key that is unknown, or that belongs into another section."""
-    known = [name for scope in scopes for name, field in scope._field_defaults.items()
-             if len(scopes) == 1 or not field.local]
-    for key in texts:
-        if key in known:
-            continue
-        where = source.where(title, key)
-        if key in SETTINGS:
-            homes = [home for home, scope in zip(("[wucme]", "[NAME]", "[server NAME]"), SCOPES)
-                     if key in scope._field_defaults]
-            raise SettingsError(f"{where}: {key} belongs into {homes[0]}, not into [{title}]")
-        raise SettingsError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
-
-
-def read_section(source: Source, title: str, texts: dict[str, str], default: CertificateScope,
-                 options: dict[str, Any]) -> Section:
+def read_section(source: Source, title: str, texts: Mapping[str, str], default: CertificateScope,
+                 given: Mapping[str, Any]) -> Section:
     """The section of one certificate, over the defaults and under the options of this call."""
-    name = title.lower()
     if "names" not in texts and "." not in title and ":" not in title:
         raise SettingsError(f"{source.where(title)}: [{title}] is no host name and has no names = ..."
-                            f"{nearest(name, ['wucme', 'server'])}")
-    check_keys(source, title, texts, [CertificateScope])
-    own = pick(source, title, texts, CertificateScope)
+                            f"{nearest(title.lower(), ['wucme', 'server'])}")
+    own = pick(CertificateScope, read_texts(source, title, texts, CertificateScope), given)
     if not own.get("names"):
         own["names"] = parse_value(source, title, "names", title)
-    label = file_label(name)
-    if not SAFE_NAME.fullmatch(label) or label == "account" or label.startswith("account_"):
+    label = file_label(title)
+    if not SAFE_NAME.fullmatch(label) or reserved(label):
         raise SettingsError(f"{source.where(title)}: [{title}] cannot be a file name; use letters, digits, "
-                            "'.', '_' and '-', not account")
-    return Section(title, default._replace(**{**own, **options}), frozenset(own) | frozenset(options))
+                            "'.', '_' and '-', not account or account_*")
+    return Section(title, default._replace(**own), frozenset(own))
 
 
 def find_server(settings: Settings, name: str, title: str = "wucme") -> tuple[str, ServerScope]:
@@ -1439,31 +1431,27 @@ def find_server(settings: Settings, name: str, title: str = "wucme") -> tuple[st
 def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     """All settings out of the ini and the options; SettingsError for the first thing wrong."""
     texts = parse_ini(source)
-    here = Source("", "")
-    given = {scope: pick(here, "", options, scope) for scope in SCOPES}
     common = texts.pop("wucme", {})
-    check_keys(source, "wucme", common, SCOPES)
-    merged = {scope: {**default_values(scope), **pick(source, "wucme", common, scope), **given[scope]}
-              for scope in SCOPES}
-    default = CertificateScope(**merged[CertificateScope])
-    other = ServerScope(**merged[ServerScope])
+    given = read_texts(NOWHERE, "", options, *SCOPES)
+    layers = {key: field.kind(field.default) for key, field in SETTINGS.items()}, \
+        read_texts(source, "wucme", common, *SCOPES), given
+    run, default, other = (scope(**pick(scope, *layers)) for scope in SCOPES)
     servers = {name: other._replace(url=url) for name, url in KNOWN_SERVERS.items()}
     sections: dict[str, Section] = {}
     for title, body in texts.items():
         kind, _, name = title.partition(" ")
+        label = file_label(title)
         if kind == "server" and name:
-            check_keys(source, title, body, [ServerScope])
-            base = servers.get(name, other)
-            servers[name] = base._replace(**{**pick(source, title, body, ServerScope), **given[ServerScope]})
+            own = read_texts(source, title, body, ServerScope)
+            servers[name] = servers.get(name, other)._replace(**pick(ServerScope, own, given))
+        elif label in sections:
+            raise SettingsError(f"{source.where(title)}: [{title}] names the same certificate as "
+                                f"[{sections[label].title}]")
         else:
-            section = read_section(source, title, body, default, given[CertificateScope])
-            if file_label(title) in sections:
-                raise SettingsError(f"{source.where(title)}: [{title}] names the same certificate as "
-                                    f"[{sections[file_label(title)].title}]")
-            sections[file_label(title)] = section
-    run = RunScope(**merged[RunScope])
-    run = run._replace(directory=run.directory or default_directory())
-    run = run._replace(log=run.log or os.path.join(run.directory, "wucme.log"), host=run.host or os.uname().nodename)
+            sections[label] = read_section(source, title, body, default, given)
+    directory = run.directory or default_directory()
+    run = run._replace(directory=directory, log=run.log or os.path.join(directory, "wucme.log"),
+                       host=run.host or os.uname().nodename)
     lists = {line: title for title, body in [*texts.items(), ("wucme", common), ("", options)]
              for line in some_lines(body.get("load", ""))}
     settings = Settings(run, default, sections, servers, other, source, lists)
@@ -1490,73 +1478,62 @@ def ini_section(title: str, texts: Mapping[str, str]) -> str:
 
 def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]) -> tuple[Settings, str]:
     """The settings with what `issue` asks for as a section, unless the ini has one; and that one's label."""
-    try:
-        wanted = some_names(" ".join(names))
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    given = read_texts(NOWHERE, "", options, *SCOPES)
+    wanted = parse_value(NOWHERE, "", "names", " ".join(names))
     if not wanted:
         raise SettingsError("issue needs the names that the certificate is for")
     label = file_label(wanted[0])
-    if reserved(label):
-        raise SettingsError(f"{wanted[0]}: account and account_* are wucme's own names; give another name first")
     known = settings.sections.get(label)
     if known and len(wanted) > 1 and set(known.values.names) != set(wanted):
         raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
                             f"has ({' '.join(known.values.names)}); change them there")
-    given = pick(Source("", ""), "", options, CertificateScope)
-    known = known or Section(wanted[0], settings.default._replace(names=wanted), frozenset({"names"}))
-    section = known._replace(values=known.values._replace(**given), own=known.own | set(given))
+    known = known or read_section(NOWHERE, wanted[0], {"names": " ".join(wanted)}, settings.default, {})
+    own = pick(CertificateScope, given)
+    section = known._replace(values=known.values._replace(**own), own=known.own | set(own))
     lists = {**settings.lists, **{line: "" for line in section.values.load if line not in settings.lists}}
     return settings._replace(sections={**settings.sections, label: section}, lists=lists), label
 
 
-def unsaid(plain: Settings, options: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The options that the ini does not say already: those of a certificate, and those of the run or the CA."""
-    own: dict[str, str] = {}
-    common: dict[str, str] = {}
-    for key, given in options.items():
-        kind = SETTINGS[key].kind
-        text = a_path(given) if kind is a_path else given
-        said = [getattr(scope, key) for scope in (plain.run, plain.default, plain.other_server) if hasattr(scope, key)]
-        if key != "agree" and kind(text) not in said:
-            (own if key in CertificateScope._field_defaults else common)[key] = text
-    return own, common
+def unsaid(plain: Settings, options: Mapping[str, str]) -> dict[str, str]:
+    """The options that the ini does not say already."""
+    said = {**plain.other_server._asdict(), **plain.default._asdict(), **plain.run._asdict()}
+    return {key: a_path(text) if SETTINGS[key].kind is a_path else text for key, text in options.items()
+            if key != "agree" and SETTINGS[key].kind(text) != said[key]}
 
 
 def keep_options(source: Source, path: str, section: Section, options: Mapping[str, str]) -> list[str]:
     """Write the options of a first issue into the ini, so that renewals do the same; lines that say so."""
     plain = read_settings(source, {})
-    own, common = unsaid(plain, options)
-    before = [source.text.rstrip("\n") + "\n"] if source.text.strip() else []
+    new = unsaid(plain, options)
+    own = pick(CertificateScope, new)
+    common = {key: text for key, text in new.items() if key not in own}
     secret = "@" in common.get("proxy", "")
-    parts, lines = [], []
-    if common and not before:
-        parts.append(ini_section("wucme", common))
-    elif common:
+    parts, lines = [source.text.rstrip("\n") + "\n"] if source.text.strip() else [], []
+    if common and parts:
         shown = {**common, "proxy": "..."} if secret else common
         lines.append(f"for renewals, write into {path} yourself: "
                      + "; ".join(f"{key} = {text}" for key, text in shown.items()))
+        common = {}
     if own and file_label(section.title) in plain.sections:
         lines.append(f"[{section.title}] stands in {path} already; for renewals, change it there")
-    elif own:
-        parts.append(ini_section(section.title, {"names": " ".join(section.values.names), **own}))
-    if parts:
+        own = {}
+    added = [ini_section("wucme", common)] if common else []
+    added += [ini_section(section.title, {"names": " ".join(section.values.names), **own})] if own else []
+    if added:
         try:
             make_directory(os.path.dirname(path))
-            replace(path, "\n".join(before + parts).encode(), 0o600 if secret else 0o644)
+            replace(path, "\n".join(parts + added).encode(), 0o600 if secret else 0o644)
             lines.append(f"for renewals, the options were written to {path}")
         except OSError as error:
-            lines.append(f"{sentence(error)}; for renewals, write this into an ini yourself:\n" + "\n".join(parts))
+            lines.append(f"{sentence(error)}; for renewals, write this into an ini yourself:\n" + "\n".join(added))
     return lines
 
 
 def example_ini() -> str:
     """The shipped wucme.ini: every setting, commented out at its default."""
-    parts = [INI_HEAD]
-    titles = ("[wucme]\n# --- of the whole run ---\n", "# --- of each certificate; also in a section [NAME] ---\n",
-              "# --- of each CA; also in a section [server NAME] ---\n")
-    for title, scope in zip(titles, SCOPES):
-        parts.append(title)
+    parts = [INI_HEAD, "[wucme]"]
+    for scope, (_, whose) in SCOPES.items():
+        parts.append(f"# --- of {whose} ---\n")
         parts += [f"{wrapped(field.help, 98, '# ')}\n# {f'{name} = {field.default}'.strip()}\n"
                   for name, field in scope._field_defaults.items() if not field.local]
     return "\n".join(parts) + INI_TAIL
@@ -1564,10 +1541,9 @@ def example_ini() -> str:
 
 def settings_help() -> str:
     """The settings as the manual lists them."""
-    titles = ("of the run", "of a certificate", "of a CA")
     lines = ["SETTINGS (in wucme.ini, or as options)"]
-    for title, scope in zip(titles, SCOPES):
-        lines.append(f"  {title}:")
+    for scope, (_, whose) in SCOPES.items():
+        lines.append(f"  of {whose}:")
         for name, field in scope._field_defaults.items():
             lines.append(f"  {name} = {field.default or field.form}" + ("  (in a section only)" if field.local else ""))
             lines.append(wrapped(field.help, 96, "      "))
