@@ -1082,7 +1082,7 @@ class Setting(NamedTuple):
     kind: Callable[[str], Any]
     default: str
     help: str
-    form: str
+    form: str               # shown for a default that is empty
     local: bool             # whether it makes sense in a section of its own only
 
 
@@ -1192,13 +1192,12 @@ class RunScope(NamedTuple):
     directory: str = setting(a_path, "", "where certificates, keys and state are; default: /etc/wucme for "
                              "root, else ~/.wucme", "PATH")
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
-    backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each", "NUMBER")
-    workers: int = setting(a_number, "4", "how many certificates are obtained side by side", "NUMBER")
-    lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end", "DURATION")
-    timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all",
-                             "DURATION")
+    backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each")
+    workers: int = setting(a_number, "4", "how many certificates are obtained side by side")
+    lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end")
+    timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
-                              "on with its order", "DURATION")
+                              "on with its order")
     host: str = setting(a_label, "", "this host's name in a directory that several share; default: the host "
                         "name", "NAME")
 
@@ -1208,23 +1207,23 @@ class CertificateScope(NamedTuple):
     server: tuple[str, ...] = setting(
         some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, "
         "or the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
-        "reached, or has refused three times", "SERVER...")
+        "reached, or has refused three times")
     names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
-    key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS), "KIND")
+    key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS))
     rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
                            "and the key file is a link to it")
     renew: Renewal = setting(a_renewal, "auto", "when: auto (a third of the lifetime left, half under 10 days), "
-                             "30d, 12h, 25%, never; a bare number is days", "WHEN")
+                             "30d, 12h, 25%, never; a bare number is days")
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
     chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
                          "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
     listen: tuple[tuple[str, int], ...] = setting(
         some_addresses, ":80", "where the http-01 challenge is answered while an order runs; several by blanks; "
-        "the CA asks at port 80, or whatever your router makes of it", "ADDRESS:PORT")
+        "the CA asks at port 80, or whatever your router makes of it")
     load: tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
                                     "LOAD LIST", "ITEM")
-    load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take", "DURATION")
+    load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take")
 
 
 class ServerScope(NamedTuple):
@@ -1241,7 +1240,7 @@ class ServerScope(NamedTuple):
     eab_hmac_file: str = setting(a_path, "", "a file that holds the MAC key instead", "PATH")
     profile: str = setting(str, "", "the profile of certificates that name none", "NAME", local=True)
     chain: str = setting(str, "", "the chain of certificates that name none", "TEXT", local=True)
-    eab_alg: str = setting(an_hmac, "HS256", "its algorithm: HS256, HS384 or HS512", "NAME")
+    eab_alg: str = setting(an_hmac, "HS256", "its algorithm: HS256, HS384 or HS512")
 
 
 SCOPES: dict[Any, tuple[str, str]] = {       # with the title of its section, and what it is of
@@ -1372,21 +1371,17 @@ def default_directory() -> str:
 
 def find_ini(named: str) -> str:
     """The ini in use: the one named (which must be there), else the first that is there, else ""."""
-    if named:
-        if not os.path.exists(named):
-            raise SettingsError(f"{named}: there is no such file")
-        return named
+    if named and not os.path.exists(named):
+        raise SettingsError(f"{named}: there is no such file")
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wucme.ini")
-    for path in (beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")):
-        if os.path.exists(path):
-            return path
-    return ""
+    places = named, beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")
+    return next(filter(os.path.exists, places), "")
 
 
 def read_source(path: str) -> Source:
     """The text of an ini, "" for none; SettingsError if it cannot be read or anyone may write it."""
     if not path:
-        return Source("", "")
+        return NOWHERE
     if os.geteuid() == 0 and anyone_may_write(path):
         raise SettingsError(f"{path}: anyone may write this file, and it says what root runs; chmod o-w {path}")
     try:
@@ -1416,16 +1411,15 @@ def read_section(source: Source, title: str, texts: Mapping[str, str], default: 
 def find_server(settings: Settings, name: str, title: str = "wucme") -> tuple[str, ServerScope]:
     """The CA that a `server` word means, with its short name; SettingsError if it means none."""
     found = settings.servers.get(name)
-    if found is not None and found.url:
+    if found and found.url:
         return name, found
-    where = settings.source.where(title, "server")
     if name.startswith("https://"):
-        label = re.sub(r"[^A-Za-z0-9._-]", "-", name.split("/")[2])
-        return label, settings.other_server._replace(url=name)
-    if found is not None:
+        return re.sub(r"[^A-Za-z0-9._-]", "-", name.split("/")[2]), settings.other_server._replace(url=name)
+    if found:
         raise SettingsError(f"{settings.source.where(f'server {name}')}: [server {name}] needs a url")
-    raise SettingsError(f"{where}: server = {name}: no such CA{nearest(name, settings.servers)} Known are "
-                        f"{', '.join(settings.servers)}, or give the URL of its ACME directory")
+    raise SettingsError(f"{settings.source.where(title, 'server')}: server = {name}: no such CA"
+                        f"{nearest(name, settings.servers)} Known are {', '.join(settings.servers)}, or give the URL "
+                        "of its ACME directory")
 
 
 def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
@@ -1433,9 +1427,9 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     texts = parse_ini(source)
     common = texts.pop("wucme", {})
     given = read_texts(NOWHERE, "", options, *SCOPES)
-    layers = {key: field.kind(field.default) for key, field in SETTINGS.items()}, \
-        read_texts(source, "wucme", common, *SCOPES), given
-    run, default, other = (scope(**pick(scope, *layers)) for scope in SCOPES)
+    plain = {key: field.kind(field.default) for key, field in SETTINGS.items()}
+    shared = read_texts(source, "wucme", common, *SCOPES)
+    run, default, other = (scope(**pick(scope, plain, shared, given)) for scope in SCOPES)
     servers = {name: other._replace(url=url) for name, url in KNOWN_SERVERS.items()}
     sections: dict[str, Section] = {}
     for title, body in texts.items():
@@ -1478,7 +1472,6 @@ def ini_section(title: str, texts: Mapping[str, str]) -> str:
 
 def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]) -> tuple[Settings, str]:
     """The settings with what `issue` asks for as a section, unless the ini has one; and that one's label."""
-    given = read_texts(NOWHERE, "", options, *SCOPES)
     wanted = parse_value(NOWHERE, "", "names", " ".join(names))
     if not wanted:
         raise SettingsError("issue needs the names that the certificate is for")
@@ -1488,9 +1481,9 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
         raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
                             f"has ({' '.join(known.values.names)}); change them there")
     known = known or read_section(NOWHERE, wanted[0], {"names": " ".join(wanted)}, settings.default, {})
-    own = pick(CertificateScope, given)
-    section = known._replace(values=known.values._replace(**own), own=known.own | set(own))
-    lists = {**settings.lists, **{line: "" for line in section.values.load if line not in settings.lists}}
+    given = pick(CertificateScope, read_texts(NOWHERE, "", options, *SCOPES))
+    section = known._replace(values=known.values._replace(**given), own=known.own | set(given))
+    lists = {**dict.fromkeys(section.values.load, ""), **settings.lists}
     return settings._replace(sections={**settings.sections, label: section}, lists=lists), label
 
 
@@ -1508,21 +1501,22 @@ def keep_options(source: Source, path: str, section: Section, options: Mapping[s
     own = pick(CertificateScope, new)
     common = {key: text for key, text in new.items() if key not in own}
     secret = "@" in common.get("proxy", "")
-    parts, lines = [source.text.rstrip("\n") + "\n"] if source.text.strip() else [], []
-    if common and parts:
+    lines, added = [], []
+    if common and source.text.strip():
         shown = {**common, "proxy": "..."} if secret else common
         lines.append(f"for renewals, write into {path} yourself: "
                      + "; ".join(f"{key} = {text}" for key, text in shown.items()))
-        common = {}
+    elif common:
+        added.append(ini_section("wucme", common))
     if own and file_label(section.title) in plain.sections:
         lines.append(f"[{section.title}] stands in {path} already; for renewals, change it there")
-        own = {}
-    added = [ini_section("wucme", common)] if common else []
-    added += [ini_section(section.title, {"names": " ".join(section.values.names), **own})] if own else []
+    elif own:
+        added.append(ini_section(section.title, {"names": " ".join(section.values.names), **own}))
     if added:
+        old = source.text.rstrip("\n") + "\n\n" if source.text.strip() else ""
         try:
             make_directory(os.path.dirname(path))
-            replace(path, "\n".join(parts + added).encode(), 0o600 if secret else 0o644)
+            replace(path, (old + "\n".join(added)).encode(), 0o600 if secret else 0o644)
             lines.append(f"for renewals, the options were written to {path}")
         except OSError as error:
             lines.append(f"{sentence(error)}; for renewals, write this into an ini yourself:\n" + "\n".join(added))
