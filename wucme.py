@@ -102,12 +102,28 @@ if TYPE_CHECKING:
     import urllib.parse
 
     from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
     PrivateKey = Union[ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey]
+else:
+    class Later:
+        """A module that is imported when something of it is first used."""
 
-# What costs milliseconds to import (cryptography, ssl, http, subprocess ...) is imported where it is
-# used: on most days a run needs none of it.
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, name: str) -> Any:
+            import importlib
+            return getattr(importlib.import_module(self.name), name)
+
+    x509 = Later("cryptography.x509")
+    hashes, serialization = (Later(f"cryptography.hazmat.primitives.{name}") for name in ("hashes", "serialization"))
+    ec, padding, rsa, utils = (Later(f"cryptography.hazmat.primitives.asymmetric.{name}")
+                               for name in ("ec", "padding", "rsa", "utils"))
+
+# What costs milliseconds to import (cryptography, ssl, http, subprocess ...) is imported where or when
+# it is used: on most days a run needs none of it.
 
 VERSION = "1.0"
 USER_AGENT = f"wucme/{VERSION} Python-http.client/{sys.version_info[0]}.{sys.version_info[1]}"
@@ -794,13 +810,12 @@ def certificates(pem: bytes) -> list[bytes]:
 
 def private_key(pem: bytes) -> bytes:
     """The private key of a PEM text; b"" where there is none."""
-    found = blocks(pem, "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY")
-    return found[0] if found else b""
+    kinds = "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY"
+    return next(iter(blocks(pem, *kinds)), b"")
 
 
 def parse_certificate(pem: bytes) -> x509.Certificate:
     """One certificate, its extensions too; PemError where it is none."""
-    from cryptography import x509
     try:
         found = x509.load_pem_x509_certificate(pem)
         list(found.extensions)
@@ -811,8 +826,6 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
 
 def parse_key(pem: bytes) -> PrivateKey:
     """An unencrypted EC or RSA private key; PemError where it is none."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
     try:
         key = serialization.load_pem_private_key(private_key(pem), None)
     except TypeError as error:
@@ -827,7 +840,6 @@ def parse_key(pem: bytes) -> PrivateKey:
 
 def new_key(kind: str) -> PrivateKey:
     """A new private key of one of KEY_KINDS."""
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
     family, _, size = kind.partition("-")
     if family == "rsa":
         return rsa.generate_private_key(65537, int(size))
@@ -836,14 +848,12 @@ def new_key(kind: str) -> PrivateKey:
 
 def key_pem(key: PrivateKey) -> bytes:
     """A private key as unencrypted PKCS#8."""
-    from cryptography.hazmat.primitives import serialization
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
                              serialization.NoEncryption())
 
 
 def key_kind(public: Any) -> str:
     """The kind of a public key, as KEY_KINDS names it."""
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
     if isinstance(public, rsa.RSAPublicKey):
         return f"rsa-{public.key_size}"
     if isinstance(public, ec.EllipticCurvePublicKey):
@@ -854,8 +864,6 @@ def key_kind(public: Any) -> str:
 def key_hash(public: Any) -> str:
     """SHA-256 of a public key's SubjectPublicKeyInfo, in hexadecimal."""
     import hashlib
-
-    from cryptography.hazmat.primitives import serialization
     return hashlib.sha256(public.public_bytes(serialization.Encoding.DER,
                                               serialization.PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
@@ -870,14 +878,15 @@ def validity(certificate: x509.Certificate) -> tuple[float, float]:
     return times[0], times[1]
 
 
-def alternative_names(certificate: x509.Certificate) -> tuple[str, ...]:
-    """The DNS names and IP addresses of the subjectAltName, lower case, in its order."""
-    from cryptography import x509
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return ()
-    return tuple(str(name.value).lower() for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
+def extension(certificate: x509.Certificate, kind: type[T]) -> T | None:
+    """What an extension of a certificate says, None where it has none of that kind."""
+    return next((one.value for one in certificate.extensions if isinstance(one.value, kind)), None)
+
+
+def authority_key(certificate: x509.Certificate) -> bytes:
+    """The identifier of the key that a certificate was signed by, b"" where it has none."""
+    found = extension(certificate, x509.AuthorityKeyIdentifier)
+    return (found and found.key_identifier) or b""
 
 
 def base64url(data: bytes) -> str:
@@ -888,32 +897,23 @@ def base64url(data: bytes) -> str:
 
 def certificate_id(certificate: x509.Certificate) -> str:
     """What renewalInfo calls a certificate: authority key identifier and serial number, both as in its DER."""
-    from cryptography import x509
-    try:
-        issuer = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except x509.ExtensionNotFound:
-        return ""
-    number = certificate.serial_number
+    issuer, number = authority_key(certificate), certificate.serial_number
     serial = number.to_bytes(number.bit_length() // 8 + 1, "big")
     return f"{base64url(issuer)}.{base64url(serial)}" if issuer else ""
 
 
 def facts(chain: bytes) -> Facts:
     """What the first certificate of a chain says; PemError where there is none."""
-    import hashlib
-
-    from cryptography.hazmat.primitives import serialization
     found = certificates(chain)
     if not found:
         raise PemError("holds no certificate")
     leaf = parse_certificate(found[0])
     try:
         public = leaf.public_key()
-        issuer = leaf.issuer.rfc4514_string()
-        not_before, not_after = validity(leaf)
-        return Facts(alternative_names(leaf), not_before, not_after, issuer, f"{leaf.serial_number:x}",
-                     hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest(),
-                     key_hash(public), key_kind(public), certificate_id(leaf))
+        names = tuple(str(name.value).lower() for name in extension(leaf, x509.SubjectAlternativeName) or ()
+                      if isinstance(name, (x509.DNSName, x509.IPAddress)))
+        return Facts(names, *validity(leaf), leaf.issuer.rfc4514_string(), f"{leaf.serial_number:x}",
+                     leaf.fingerprint(hashes.SHA256()).hex(), key_hash(public), key_kind(public), certificate_id(leaf))
     except Exception as error:      # of what may stand in a certificate not all is known to cryptography
         raise PemError(f"a certificate that cannot be read: {printable(str(error))[:100]}") from error
 
@@ -941,9 +941,6 @@ def is_address(name: str) -> bool:
 def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
     """A CSR (DER) with an empty subject and exactly these names (RFC 8555 section 7.4)."""
     import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
     wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
                                       else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
@@ -953,16 +950,12 @@ def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
 
 def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether names, key identifiers and signature say that one certificate was issued by the other."""
-    from cryptography import x509
     from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     if certificate.issuer != issuer.subject:
         return False
-    with contextlib.suppress(x509.ExtensionNotFound):
-        theirs = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-        own = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
-        if theirs is not None and theirs != own:
-            return False
+    theirs, own = authority_key(certificate), extension(issuer, x509.SubjectKeyIdentifier)
+    if theirs and own and theirs != own.digest:
+        return False
     public, algorithm = issuer.public_key(), certificate.signature_hash_algorithm
     pss = x509.SignatureAlgorithmOID.RSASSA_PSS     # its parameters cannot be had from old releases
     try:
@@ -977,15 +970,10 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 def chain_matches(chain: bytes, wanted: str) -> bool:
     """Whether a certificate of a chain, or its issuer, is the one that `chain` means."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
     digits = wanted.replace(":", "").lower()
     for pem in certificates(chain):
         one = parse_certificate(pem)
-        marks = [one.fingerprint(hashes.SHA256()).hex()]
-        with contextlib.suppress(x509.ExtensionNotFound):
-            identifier = one.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-            marks.append((identifier or b"").hex())
+        marks = one.fingerprint(hashes.SHA256()).hex(), authority_key(one).hex()
         if wanted.lower() in one.issuer.rfc4514_string().lower() or any(
                 len(digits) >= 4 and mark.startswith(digits) for mark in marks):
             return True
@@ -994,17 +982,7 @@ def chain_matches(chain: bytes, wanted: str) -> bool:
 
 def certificate_der(chain: bytes) -> bytes:
     """The first certificate of a chain as DER."""
-    from cryptography.hazmat.primitives import serialization
     return parse_certificate(certificates(chain)[0]).public_bytes(serialization.Encoding.DER)
-
-
-def is_authority(certificate: x509.Certificate) -> bool:
-    """Whether a certificate may issue others."""
-    from cryptography import x509
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        return False
 
 
 def gmt(when: float) -> str:
@@ -1024,7 +1002,8 @@ def check_chain(chain: bytes, key: PrivateKey, names: Sequence[str], now: float)
     if not 0 < len(found) <= CHAIN_LENGTH:
         raise PemError(f"the CA sent {f'a chain of {len(found)} certificates' if found else 'no certificate'}")
     leaf = facts(chain)
-    if is_authority(found[0]):
+    basic = extension(found[0], x509.BasicConstraints)
+    if basic and basic.ca:
         raise PemError("the certificate that the CA sent is a CA's")
     if leaf.key != key_hash(key.public_key()):
         raise PemError("the certificate that the CA sent is for another key")
@@ -1110,7 +1089,7 @@ class Renewal(NamedTuple):
         return self == Renewal()
 
 
-def form(pattern: str, fault: str, convert: Callable[[str], T]) -> Callable[[str], T]:
+def of_form(pattern: str, fault: str, convert: Callable[[str], T]) -> Callable[[str], T]:
     """The reader of texts of one form; ValueError says what a text must be."""
     def read_text(text: str) -> T:
         if not re.fullmatch(pattern, text):
@@ -1172,19 +1151,19 @@ def some_lines(text: str) -> tuple[str, ...]:
 
 
 DURATION_FAULT = "must be a duration such as 20s, 10m, 12h or 30d"
-a_duration = form("[0-9]{1,9}[smhd]", DURATION_FAULT, seconds)
-a_limit = form("0*[1-9][0-9]{0,8}[smhd]", f"{DURATION_FAULT}, at least 1s", seconds)
-a_renewal = form("auto|never|0*[1-9][0-9]?%|[0-9]{1,9}[smhd]?",
-                 "must be auto, never, a duration such as 30d or 12h, or a share such as 25%", renewal)
-a_count = form("[0-9]{1,9}", "must be a whole number", int)
-a_number = form("0*[1-9][0-9]{0,8}", "must be a whole number, at least 1", int)
-a_flag = form("(?i:yes|no)", "must be yes or no", lambda text: text.lower() == "yes")
-a_label = form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and '-' can be used", str)
-a_key_kind = form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
-an_hmac = form("HS(256|384|512)", "must be HS256, HS384 or HS512", str)     # RFC 7518 section 3.2
+a_duration = of_form("[0-9]{1,9}[smhd]", DURATION_FAULT, seconds)
+a_limit = of_form("0*[1-9][0-9]{0,8}[smhd]", f"{DURATION_FAULT}, at least 1s", seconds)
+a_renewal = of_form("auto|never|0*[1-9][0-9]?%|[0-9]{1,9}[smhd]?",
+                    "must be auto, never, a duration such as 30d or 12h, or a share such as 25%", renewal)
+a_count = of_form("[0-9]{1,9}", "must be a whole number", int)
+a_number = of_form("0*[1-9][0-9]{0,8}", "must be a whole number, at least 1", int)
+a_flag = of_form("(?i:yes|no)", "must be yes or no", lambda text: text.lower() == "yes")
+a_label = of_form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and '-' can be used", str)
+a_key_kind = of_form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
+an_hmac = of_form("HS(256|384|512)", "must be HS256, HS384 or HS512", str)     # RFC 7518 section 3.2
 some_words = each(str)
 some_names = each(host_name)
-some_servers = form(".+", "must name a CA", each(lambda word: a_url(word) if "://" in word else word))
+some_servers = of_form(".+", "must name a CA", each(lambda word: a_url(word) if "://" in word else word))
 
 
 class RunScope(NamedTuple):
@@ -2105,8 +2084,6 @@ def jws_algorithm(key: PrivateKey) -> str:
 
 def sign(key: PrivateKey, data: bytes) -> bytes:
     """A JWS signature; for EC the two numbers side by side, not DER (RFC 7518 section 3.4)."""
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec, padding, utils
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         return key.sign(data, padding.PKCS1v15(), hashes.SHA256())
     digest = {256: hashes.SHA256(), 384: hashes.SHA384()}.get(key.key_size, hashes.SHA512())
