@@ -97,7 +97,6 @@ if TYPE_CHECKING:
     import argparse
     import http.client
     import queue
-    import subprocess
     import threading
     import urllib.parse
 
@@ -269,22 +268,23 @@ def time_left(until: float) -> float:
     return min(left, 3600.0)
 
 
+def timed(kind: Any) -> Any:
+    """A kind of socket that gives up at its `until` however slowly bytes drip in."""
+    def recv_into(self: Any, *args: Any, **more: Any) -> Any:
+        self.settimeout(time_left(self.until))
+        return kind.recv_into(self, *args, **more)
+
+    return type("Timed", (kind,), {"until": float("inf"), "recv_into": recv_into})
+
+
 def tls_context(ca_file: str) -> Any:
-    """A verifying TLS context whose sockets give up at `until` however slowly bytes drip in."""
+    """A verifying TLS context whose sockets give up at their `until`."""
     import ssl
-
-    class Socket(ssl.SSLSocket):
-        until = float("inf")
-
-        def recv_into(self, *args: Any, **more: Any) -> int:
-            self.settimeout(time_left(self.until))
-            return super().recv_into(*args, **more)
-
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
-    context.sslsocket_class = Socket
+    context.sslsocket_class = timed(ssl.SSLSocket)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file and hasattr(ssl, "VERIFY_X509_STRICT"):
         # Python 3.13 asks of every CA what home-made ones rarely have.
@@ -293,18 +293,13 @@ def tls_context(ca_file: str) -> Any:
 
 
 def dial(until: float, *arguments: Any) -> Any:
-    """A plain connection that gives up at `until` however slowly bytes drip in."""
+    """A plain connection that gives up at `until`."""
     import socket
-
-    class Socket(socket.socket):
-        def recv_into(self, *args: Any, **more: Any) -> int:
-            self.settimeout(time_left(until))
-            return super().recv_into(*args, **more)
-
     plain = socket.create_connection(*arguments)
     timeout = plain.gettimeout()
-    found = Socket(plain.family, plain.type, plain.proto, plain.detach())
+    found = timed(socket.socket)(plain.family, plain.type, plain.proto, plain.detach())
     found.settimeout(timeout)
+    found.until = until
     return found
 
 
@@ -399,14 +394,13 @@ class Http:
 
     def drop(self, origin: str) -> None:
         """Forget a connection that cannot be used again."""
-        connection = self.kept.pop(origin, None)
-        if connection is not None:
-            connection.close()
+        if origin in self.kept:
+            self.kept.pop(origin).close()
 
     def close(self) -> None:
         """Close what is kept."""
-        for origin in list(self.kept):
-            self.drop(origin)
+        while self.kept:
+            self.kept.popitem()[1].close()
 
 
 class Finished(NamedTuple):
@@ -450,16 +444,9 @@ class Ending:
 ending = Ending()
 
 
-def start(argv: Sequence[str], env: Mapping[str, str], umask: int, cwd: str, output: int) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, with nothing to read."""
-    import subprocess
-    return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(env),
-                            cwd=cwd, start_new_session=True, umask=umask)
-
-
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: int = -1,
             cwd: str = "/") -> Finished:
-    """Run a command to its end; its process group is killed as one on time-out or signal."""
+    """Run a command, with nothing to read, to its end; its process group is killed as one on time-out or signal."""
     import subprocess
     import threading
     ours, theirs = os.pipe()
@@ -469,7 +456,8 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
     try:
         try:
             with ending.put_off():
-                process = start(argv, env, umask, cwd, theirs)
+                process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.STDOUT,
+                                           env=dict(env), cwd=cwd, start_new_session=True, umask=umask)
         finally:
             os.close(theirs)
             reader.start()
@@ -490,19 +478,16 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, umask: 
 
 def proc_text(pid: int | str, name: str) -> str:
     """A file of /proc, "" where it cannot be read."""
-    try:
-        with open(f"/proc/{pid}/{name}", "rb") as file:
-            return file.read(1 << 16).decode("utf-8", "surrogateescape")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read(1 << 16).decode("utf-8", "surrogateescape")
+    return ""
 
 
 def proc_link(pid: int | str, name: str) -> str:
     """A link of /proc, "" where it cannot be read."""
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{pid}/{name}")
-    except OSError:
-        return ""
+    return ""
 
 
 class Process(NamedTuple):
@@ -521,8 +506,7 @@ def processes(commands: Sequence[str]) -> list[Process]:
         name = head.partition("(")[2]
         if name not in commands or rest.startswith("Z"):
             continue
-        spaces = [proc_link(pid, f"ns/{kind}") for kind in ("pid", "net")]
-        if all(space in ("", proc_link("self", f"ns/{kind}")) for space, kind in zip(spaces, ("pid", "net"))):
+        if all(proc_link(pid, f"ns/{kind}") in ("", proc_link("self", f"ns/{kind}")) for kind in ("pid", "net")):
             argv = proc_text(pid, "cmdline").rstrip("\0").split("\0")
             found.append(Process(pid, int(rest.split()[1]), name, argv))
     return found
@@ -586,19 +570,17 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise FileError(f"{path}: not a regular file")
+            if about.st_size > cap:
+                raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
+            return os.read(descriptor, cap)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
-    try:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise FileError(f"{path}: not a regular file")
-        if about.st_size > cap:
-            raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
-        return os.read(descriptor, cap)
-    except OSError as error:
-        raise FileError(f"{path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
 
 
 def signature(path: str) -> str:
@@ -741,9 +723,8 @@ def make_directory(path: str) -> None:
     """Make a directory that a web server's user may pass through, with its parents, whatever the umask."""
     if os.path.isdir(path):
         return
-    parent = os.path.dirname(path)
-    if parent and not os.path.isdir(parent):
-        make_directory(parent)
+    if os.path.dirname(path):
+        make_directory(os.path.dirname(path))
     os.mkdir(path)
     os.chmod(path, 0o755)
 
@@ -1593,7 +1574,7 @@ def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
     kept = {key: found[key] for key, default in Memory._field_defaults.items()
-            if key in found and key not in ("facts", "names", "window") and isinstance(found[key], type(default))}
+            if key in found and isinstance(found[key], type(default))}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
             and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
@@ -2943,10 +2924,9 @@ def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     entry, about = decision.entry, decision.entry.facts
     problem, next_time = entry.memory.problem, max(entry.memory.retry_at, entry.memory.held_until)
     return {"name": entry.name, "file": entry.chain, "names": list(about.names if about else entry.wanted.names),
-            "issuer": about.issuer if about else None, "serial": about.serial if about else None,
-            "fingerprint": about.fingerprint if about else None,
-            "not_before": utc(about.not_before) if about else None,
-            "not_after": utc(about.not_after) if about else None,
+            "issuer": about and about.issuer, "serial": about and about.serial,
+            "fingerprint": about and about.fingerprint, "not_before": about and utc(about.not_before),
+            "not_after": about and utc(about.not_after),
             "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
             "failures": {"count": entry.memory.failures, "next": utc(next_time) if problem and next_time else None,
                          "problem": problem}, "loads": loads}
@@ -3794,7 +3774,8 @@ def argument_parser() -> argparse.ArgumentParser:
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
         if field.kind is a_flag:
-            parser.add_argument(option, dest=dest, action=argparse.BooleanOptionalAction, default=None)
+            parser.add_argument(option, dest=dest, action="store_const", const="yes")
+            parser.add_argument(f"--no{option[1:]}", dest=dest, action="store_const", const="no")
         elif not field.local and field.kind is not Secret:
             parser.add_argument(option, dest=dest, action="append" if field.kind is some_lines else "store")
     return parser
@@ -3802,9 +3783,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def option_texts(arguments: Json) -> dict[str, str]:
     """The settings among the options, as texts like those of an ini."""
-    given = {key[4:]: value for key, value in arguments.items() if key.startswith("set_") and value is not None}
-    return {key: "\n".join(value) if isinstance(value, list) else value if isinstance(value, str)
-            else "yes" if value else "no" for key, value in given.items()}
+    return {key[4:]: "\n".join(value) if isinstance(value, list) else value for key, value in arguments.items()
+            if key.startswith("set_") and value is not None}
 
 
 def staging(settings: Settings) -> Settings:
