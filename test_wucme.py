@@ -163,7 +163,7 @@ KEY_HASH = wucme.key_hash(KEY.public_key())
 ROOT = Issuer("root")
 INTERMEDIATE = Issuer("intermediate", ROOT)
 CHAIN = INTERMEDIATE.chain(KEY)
-DEFAULT = wucme.CertificateScope(**wucme.default_values(wucme.CertificateScope))
+DEFAULT = wucme.read_settings(wucme.NOWHERE, {}).default
 
 
 # --- 1. errors ---------------------------------------------------------------------------------
@@ -3442,6 +3442,19 @@ class TestAccountsAndProfiles:
         assert next(iter(fake.accounts.values())).status == "deactivated"
         assert not (lab.directory / "wucme_k_account.pem").exists()
         assert lab.run("account", "close").status == 2
+
+    def test_account_that_the_ca_lost_is_made_again_only_if_its_terms_are_agreed_to(
+            self, fake: fakeca.FakeCA, lab: Host) -> None:
+        assert lab.run("account", "new").status == 0
+        fake.accounts.clear()
+        lab.write(agree="no")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 1
+        assert f"the CA has lost the account {fake.base}/account/" in done.err
+        assert f"its terms of service at {fake.base}/terms must be agreed to: set agree = yes" in done.err
+        assert not fake.accounts
+        assert lab.run("issue", "a.example.test", "--agree").status == 0
+        assert len(fake.accounts) == 1
 
     def test_key_change_that_was_cut_short_in_the_writing(self, fake: fakeca.FakeCA, lab: Host) -> None:
         lab.run("account", "new")

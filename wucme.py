@@ -95,7 +95,6 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, 
 
 if TYPE_CHECKING:
     import argparse
-    import configparser
     import http.client
     import queue
     import subprocess
@@ -103,12 +102,28 @@ if TYPE_CHECKING:
     import urllib.parse
 
     from cryptography import x509
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
     PrivateKey = Union[ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey]
+else:
+    class Later:
+        """A module that is imported when something of it is first used."""
 
-# What costs milliseconds to import (cryptography, ssl, http, subprocess ...) is imported where it is
-# used: on most days a run needs none of it.
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattr__(self, name: str) -> Any:
+            import importlib
+            return getattr(importlib.import_module(self.name), name)
+
+    x509 = Later("cryptography.x509")
+    hashes, serialization = (Later(f"cryptography.hazmat.primitives.{name}") for name in ("hashes", "serialization"))
+    ec, padding, rsa, utils = (Later(f"cryptography.hazmat.primitives.asymmetric.{name}")
+                               for name in ("ec", "padding", "rsa", "utils"))
+
+# What costs milliseconds to import (cryptography, ssl, http, subprocess ...) is imported where or when
+# it is used: on most days a run needs none of it.
 
 VERSION = "1.0"
 USER_AGENT = f"wucme/{VERSION} Python-http.client/{sys.version_info[0]}.{sys.version_info[1]}"
@@ -259,22 +274,23 @@ def time_left(until: float) -> float:
     return min(left, 3600.0)
 
 
+def timed(kind: Any) -> Any:
+    """A kind of socket that gives up at its `until` however slowly bytes drip in."""
+    def recv_into(self: Any, *args: Any, **more: Any) -> Any:
+        self.settimeout(time_left(self.until))
+        return kind.recv_into(self, *args, **more)
+
+    return type("Timed", (kind,), {"until": float("inf"), "recv_into": recv_into})
+
+
 def tls_context(ca_file: str) -> Any:
-    """A verifying TLS context whose sockets give up at `until` however slowly bytes drip in."""
+    """A verifying TLS context whose sockets give up at their `until`."""
     import ssl
-
-    class Socket(ssl.SSLSocket):
-        until = float("inf")
-
-        def recv_into(self, *args: Any, **more: Any) -> int:
-            self.settimeout(time_left(self.until))
-            return super().recv_into(*args, **more)
-
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
-    context.sslsocket_class = Socket
+    context.sslsocket_class = timed(ssl.SSLSocket)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file and hasattr(ssl, "VERIFY_X509_STRICT"):
         # Python 3.13 asks of every CA what home-made ones rarely have.
@@ -283,18 +299,13 @@ def tls_context(ca_file: str) -> Any:
 
 
 def dial(until: float, *arguments: Any) -> Any:
-    """A plain connection that gives up at `until` however slowly bytes drip in."""
+    """A plain connection that gives up at `until`."""
     import socket
-
-    class Socket(socket.socket):
-        def recv_into(self, *args: Any, **more: Any) -> int:
-            self.settimeout(time_left(until))
-            return super().recv_into(*args, **more)
-
     plain = socket.create_connection(*arguments)
     timeout = plain.gettimeout()
-    found = Socket(plain.family, plain.type, plain.proto, plain.detach())
+    found = timed(socket.socket)(plain.family, plain.type, plain.proto, plain.detach())
     found.settimeout(timeout)
+    found.until = until
     return found
 
 
@@ -389,14 +400,13 @@ class Http:
 
     def drop(self, origin: str) -> None:
         """Forget a connection that cannot be used again."""
-        connection = self.kept.pop(origin, None)
-        if connection is not None:
-            connection.close()
+        if origin in self.kept:
+            self.kept.pop(origin).close()
 
     def close(self) -> None:
         """Close what is kept."""
-        for origin in list(self.kept):
-            self.drop(origin)
+        while self.kept:
+            self.kept.popitem()[1].close()
 
 
 class Finished(NamedTuple):
@@ -516,19 +526,16 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, umas
 
 def proc_text(pid: int | str, name: str) -> str:
     """A file of /proc, "" where it cannot be read."""
-    try:
-        with open(f"/proc/{pid}/{name}", "rb") as file:
-            return file.read(1 << 16).decode("utf-8", "surrogateescape")
-    except OSError:
-        return ""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as file:
+        return file.read(1 << 16).decode("utf-8", "surrogateescape")
+    return ""
 
 
 def proc_link(pid: int | str, name: str) -> str:
     """A link of /proc, "" where it cannot be read."""
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{pid}/{name}")
-    except OSError:
-        return ""
+    return ""
 
 
 class Process(NamedTuple):
@@ -547,8 +554,7 @@ def processes(commands: Sequence[str]) -> list[Process]:
         name = head.partition("(")[2]
         if name not in commands or rest.startswith("Z"):
             continue
-        spaces = [proc_link(pid, f"ns/{kind}") for kind in ("pid", "net")]
-        if all(space in ("", proc_link("self", f"ns/{kind}")) for space, kind in zip(spaces, ("pid", "net"))):
+        if all(proc_link(pid, f"ns/{kind}") in ("", proc_link("self", f"ns/{kind}")) for kind in ("pid", "net")):
             argv = proc_text(pid, "cmdline").rstrip("\0").split("\0")
             found.append(Process(pid, int(rest.split()[1]), name, argv))
     return found
@@ -612,19 +618,17 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise FileError(f"{path}: not a regular file")
+            if about.st_size > cap:
+                raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
+            return os.read(descriptor, cap)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from error
-    try:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise FileError(f"{path}: not a regular file")
-        if about.st_size > cap:
-            raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
-        return os.read(descriptor, cap)
-    except OSError as error:
-        raise FileError(f"{path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
 
 
 def signature(path: str) -> str:
@@ -786,9 +790,8 @@ def make_directory(path: str) -> None:
     """Make a directory that a web server's user may pass through, with its parents, whatever the umask."""
     if os.path.isdir(path):
         return
-    parent = os.path.dirname(path)
-    if parent and not os.path.isdir(parent):
-        make_directory(parent)
+    if os.path.dirname(path):
+        make_directory(os.path.dirname(path))
     os.mkdir(path)
     os.chmod(path, 0o755)
 
@@ -855,13 +858,12 @@ def certificates(pem: bytes) -> list[bytes]:
 
 def private_key(pem: bytes) -> bytes:
     """The private key of a PEM text; b"" where there is none."""
-    found = blocks(pem, "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY")
-    return found[0] if found else b""
+    kinds = "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY"
+    return next(iter(blocks(pem, *kinds)), b"")
 
 
 def parse_certificate(pem: bytes) -> x509.Certificate:
     """One certificate, its extensions too; PemError where it is none."""
-    from cryptography import x509
     try:
         found = x509.load_pem_x509_certificate(pem)
         list(found.extensions)
@@ -872,8 +874,6 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
 
 def parse_key(pem: bytes) -> PrivateKey:
     """An unencrypted EC or RSA private key; PemError where it is none."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
     try:
         key = serialization.load_pem_private_key(private_key(pem), None)
     except TypeError as error:
@@ -888,7 +888,6 @@ def parse_key(pem: bytes) -> PrivateKey:
 
 def new_key(kind: str) -> PrivateKey:
     """A new private key of one of KEY_KINDS."""
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
     family, _, size = kind.partition("-")
     if family == "rsa":
         return rsa.generate_private_key(65537, int(size))
@@ -897,14 +896,12 @@ def new_key(kind: str) -> PrivateKey:
 
 def key_pem(key: PrivateKey) -> bytes:
     """A private key as unencrypted PKCS#8."""
-    from cryptography.hazmat.primitives import serialization
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
                              serialization.NoEncryption())
 
 
 def key_kind(public: Any) -> str:
     """The kind of a public key, as KEY_KINDS names it."""
-    from cryptography.hazmat.primitives.asymmetric import ec, rsa
     if isinstance(public, rsa.RSAPublicKey):
         return f"rsa-{public.key_size}"
     if isinstance(public, ec.EllipticCurvePublicKey):
@@ -915,8 +912,6 @@ def key_kind(public: Any) -> str:
 def key_hash(public: Any) -> str:
     """SHA-256 of a public key's SubjectPublicKeyInfo, in hexadecimal."""
     import hashlib
-
-    from cryptography.hazmat.primitives import serialization
     return hashlib.sha256(public.public_bytes(serialization.Encoding.DER,
                                               serialization.PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
@@ -931,14 +926,21 @@ def validity(certificate: x509.Certificate) -> tuple[float, float]:
     return times[0], times[1]
 
 
+def extension(certificate: x509.Certificate | x509.CertificateSigningRequest, kind: type[T]) -> T | None:
+    """What an extension of a certificate says, None where it has none of that kind."""
+    return next((one.value for one in certificate.extensions if isinstance(one.value, kind)), None)
+
+
 def alternative_names(certificate: x509.Certificate | x509.CertificateSigningRequest) -> tuple[str, ...]:
     """The DNS names and IP addresses of the subjectAltName, lower case, in its order."""
-    from cryptography import x509
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return ()
-    return tuple(str(name.value).lower() for name in names if isinstance(name, (x509.DNSName, x509.IPAddress)))
+    return tuple(str(name.value).lower() for name in extension(certificate, x509.SubjectAlternativeName) or ()
+                 if isinstance(name, (x509.DNSName, x509.IPAddress)))
+
+
+def authority_key(certificate: x509.Certificate) -> bytes:
+    """The identifier of the key that a certificate was signed by, b"" where it has none."""
+    found = extension(certificate, x509.AuthorityKeyIdentifier)
+    return (found and found.key_identifier) or b""
 
 
 def base64url(data: bytes) -> str:
@@ -949,32 +951,21 @@ def base64url(data: bytes) -> str:
 
 def certificate_id(certificate: x509.Certificate) -> str:
     """What renewalInfo calls a certificate: authority key identifier and serial number, both as in its DER."""
-    from cryptography import x509
-    try:
-        issuer = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-    except x509.ExtensionNotFound:
-        return ""
-    number = certificate.serial_number
+    issuer, number = authority_key(certificate), certificate.serial_number
     serial = number.to_bytes(number.bit_length() // 8 + 1, "big")
     return f"{base64url(issuer)}.{base64url(serial)}" if issuer else ""
 
 
 def facts(chain: bytes) -> Facts:
     """What the first certificate of a chain says; PemError where there is none."""
-    import hashlib
-
-    from cryptography.hazmat.primitives import serialization
     found = certificates(chain)
     if not found:
         raise PemError("holds no certificate")
     leaf = parse_certificate(found[0])
     try:
         public = leaf.public_key()
-        issuer = leaf.issuer.rfc4514_string()
-        not_before, not_after = validity(leaf)
-        return Facts(alternative_names(leaf), not_before, not_after, issuer, f"{leaf.serial_number:x}",
-                     hashlib.sha256(leaf.public_bytes(serialization.Encoding.DER)).hexdigest(),
-                     key_hash(public), key_kind(public), certificate_id(leaf))
+        return Facts(alternative_names(leaf), *validity(leaf), leaf.issuer.rfc4514_string(), f"{leaf.serial_number:x}",
+                     leaf.fingerprint(hashes.SHA256()).hex(), key_hash(public), key_kind(public), certificate_id(leaf))
     except Exception as error:      # of what may stand in a certificate not all is known to cryptography
         raise PemError(f"a certificate that cannot be read: {printable(str(error))[:100]}") from error
 
@@ -1002,9 +993,6 @@ def is_address(name: str) -> bool:
 def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
     """A CSR (DER) with an empty subject and exactly these names (RFC 8555 section 7.4)."""
     import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
     wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
                                       else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
@@ -1014,8 +1002,6 @@ def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
 
 def request_facts(pem: bytes) -> tuple[bytes, tuple[str, ...], str]:
     """A CSR as DER, the names that it asks for, and SHA-256 of its public key; PemError for what is none."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
     try:
         request = x509.load_pem_x509_csr(pem)
         if not request.is_signature_valid:
@@ -1037,9 +1023,6 @@ def challenge_certificate(name: str, digest: bytes) -> bytes:
     """The certificate, behind its key, that answers tls-alpn-01 for a name or address (RFC 8737 section 3)."""
     import datetime
     import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
     key = cast("ec.EllipticCurvePrivateKey", new_key("ecdsa-p256"))
     now = datetime.datetime.now(datetime.timezone.utc)
     subject = x509.Name([])
@@ -1054,16 +1037,12 @@ def challenge_certificate(name: str, digest: bytes) -> bytes:
 
 def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether names, key identifiers and signature say that one certificate was issued by the other."""
-    from cryptography import x509
     from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     if certificate.issuer != issuer.subject:
         return False
-    with contextlib.suppress(x509.ExtensionNotFound):
-        theirs = certificate.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-        own = issuer.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
-        if theirs is not None and theirs != own:
-            return False
+    theirs, own = authority_key(certificate), extension(issuer, x509.SubjectKeyIdentifier)
+    if theirs and own and theirs != own.digest:
+        return False
     public, algorithm = issuer.public_key(), certificate.signature_hash_algorithm
     pss = x509.SignatureAlgorithmOID.RSASSA_PSS     # its parameters cannot be had from old releases
     try:
@@ -1078,15 +1057,10 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 
 def chain_matches(chain: bytes, wanted: str) -> bool:
     """Whether a certificate of a chain, or its issuer, is the one that `chain` means."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
     digits = wanted.replace(":", "").lower()
     for pem in certificates(chain):
         one = parse_certificate(pem)
-        marks = [one.fingerprint(hashes.SHA256()).hex()]
-        with contextlib.suppress(x509.ExtensionNotFound):
-            identifier = one.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
-            marks.append((identifier or b"").hex())
+        marks = one.fingerprint(hashes.SHA256()).hex(), authority_key(one).hex()
         if wanted.lower() in one.issuer.rfc4514_string().lower() or any(
                 len(digits) >= 4 and mark.startswith(digits) for mark in marks):
             return True
@@ -1095,17 +1069,7 @@ def chain_matches(chain: bytes, wanted: str) -> bool:
 
 def certificate_der(chain: bytes) -> bytes:
     """The first certificate of a chain as DER."""
-    from cryptography.hazmat.primitives import serialization
     return parse_certificate(certificates(chain)[0]).public_bytes(serialization.Encoding.DER)
-
-
-def is_authority(certificate: x509.Certificate) -> bool:
-    """Whether a certificate may issue others."""
-    from cryptography import x509
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        return False
 
 
 def gmt(when: float) -> str:
@@ -1125,7 +1089,8 @@ def check_chain(chain: bytes, key: str, names: Sequence[str], now: float) -> lis
     if not 0 < len(found) <= CHAIN_LENGTH:
         raise PemError(f"the CA sent {f'a chain of {len(found)} certificates' if found else 'no certificate'}")
     leaf = facts(chain)
-    if is_authority(found[0]):
+    basic = extension(found[0], x509.BasicConstraints)
+    if basic and basic.ca:
         raise PemError("the certificate that the CA sent is a CA's")
     if leaf.key != key:
         raise PemError("the certificate that the CA sent is for another key")
@@ -1157,7 +1122,6 @@ KNOWN_SERVERS = {
 CHALLENGE_TYPES = ("http-01", "dns-01", "tls-alpn-01", "dns-persist-01")
 HOOK_FAMILIES = ("uacme", "dehydrated", "certbot", "lego", "mod_md")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-DURATION = re.compile(r"([0-9]{1,9})([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INI_HEAD = """\
 # wucme.ini: settings of wucme.py; see wucme.py --help.
@@ -1186,7 +1150,7 @@ class Setting(NamedTuple):
     kind: Callable[[str], Any]
     default: str
     help: str
-    form: str
+    form: str               # shown for a default that is empty
     local: bool             # whether it makes sense in a section of its own only
 
 
@@ -1224,17 +1188,45 @@ class Hook(NamedTuple):
 class Updates(NamedTuple):
     """A TSIG key file for nsupdate, and the server and zone to change, "" for what the DNS says."""
     key: str
-    server: tuple[str, str]         # host and port
+    server: tuple[str, int]         # host and port
     zone: str
+
+
+def of_form(pattern: str, fault: str, convert: Callable[[str], T]) -> Callable[[str], T]:
+    """The reader of texts of one form; ValueError says what a text must be."""
+    def read_text(text: str) -> T:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(fault)
+        return convert(text)
+
+    return read_text
+
+
+def each(reader: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """The reader of several values with blanks between, of which each counts once."""
+    return lambda text: tuple(dict.fromkeys(reader(word) for word in text.split()))
+
+
+def seconds(text: str) -> float:
+    """The seconds of a duration."""
+    return float(text[:-1]) * SECONDS[text[-1]]
+
+
+def renewal(text: str) -> Renewal:
+    """auto, never, a duration, a bare number of days, or a percentage of the lifetime."""
+    if text.endswith("%"):
+        return Renewal(share=int(text[:-1]) / 100)
+    if text[0].isdigit():
+        return Renewal(seconds=seconds(f"{text}d" if text.isdigit() else text))
+    return Renewal(auto=text == "auto")
 
 
 def a_url(text: str) -> str:
     """An https URL, or none."""
     import urllib.parse
-    if text:
-        at = urllib.parse.urlsplit(text)
-        if at.scheme != "https" or not at.hostname or at.port == 0:
-            raise ValueError("must be an https:// URL")
+    at = urllib.parse.urlsplit(text)
+    if text and (at.scheme != "https" or not at.hostname or at.port == 0):
+        raise ValueError("must be an https:// URL")
     return text
 
 
@@ -1243,80 +1235,17 @@ def a_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text)) if text else ""
 
 
-def a_label(text: str) -> str:
-    """A word that can stand in a file name."""
-    if text and not SAFE_NAME.fullmatch(text):
-        raise ValueError("only letters, digits, '.', '_' and '-' can be used")
-    return text
+def an_address(text: str) -> tuple[str, int]:
+    """An address to listen on, as host and port; host "" is every address."""
+    match = re.fullmatch(r"(.*):([0-9]{1,5})", text)
+    if not match or not 0 < int(match[2]) < 65536:
+        raise ValueError(f"{text!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
+    return match[1].strip("[]"), int(match[2])
 
 
-def a_flag(text: str) -> bool:
-    """Yes or no."""
-    if text.lower() not in ("yes", "no"):
-        raise ValueError("must be yes or no")
-    return text.lower() == "yes"
-
-
-def a_count(text: str) -> int:
-    """A whole number, zero or more."""
-    if not text.isdigit():
-        raise ValueError("must be a whole number")
-    return int(text)
-
-
-def a_number(text: str) -> int:
-    """A whole number, one or more."""
-    if not a_count(text):
-        raise ValueError("must be a whole number, at least 1")
-    return int(text)
-
-
-def a_duration(text: str) -> float:
-    """A time such as 20s, 10m, 12h or 30d, in seconds."""
-    match = DURATION.fullmatch(text)
-    if not match:
-        raise ValueError("must be a duration such as 20s, 10m, 12h or 30d")
-    return float(match[1]) * SECONDS[match[2]]
-
-
-def a_limit(text: str) -> float:
-    """A duration of a second or more."""
-    if not a_duration(text):
-        raise ValueError("must be at least 1s")
-    return a_duration(text)
-
-
-def a_renewal(text: str) -> Renewal:
-    """auto, never, a duration, a bare number of days, or a percentage of the lifetime."""
-    if text in ("auto", "never"):
-        return Renewal(auto=text == "auto")
-    if text.isdigit():
-        text += "d"
-    if text.endswith("%") and text[:-1].isdigit() and 0 < int(text[:-1]) < 100:
-        return Renewal(share=int(text[:-1]) / 100)
-    try:
-        return Renewal(seconds=a_duration(text))
-    except ValueError:
-        raise ValueError("must be auto, never, a duration such as 30d or 12h, or a share such as 25%") from None
-
-
-def a_key_kind(text: str) -> str:
-    """One of KEY_KINDS."""
-    if text not in KEY_KINDS:
-        raise ValueError(f"must be one of {', '.join(KEY_KINDS)}")
-    return text
-
-
-def an_hmac(text: str) -> str:
-    """A JWS MAC algorithm (RFC 7518 section 3.2)."""
-    if text not in ("HS256", "HS384", "HS512"):
-        raise ValueError("must be HS256, HS384 or HS512")
-    return text
-
-
-def some_words(text: str) -> tuple[str, ...]:
-    """Words with blanks between."""
-    return tuple(text.split())
+def some_addresses(text: str) -> tuple[tuple[str, int], ...] | None:
+    """Addresses to listen on, or none; None where that is left open."""
+    return each(an_address)("" if text == "none" else text) if text else None
 
 
 def some_lines(text: str) -> tuple[str, ...]:
@@ -1324,69 +1253,42 @@ def some_lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def some_servers(text: str) -> tuple[str, ...]:
-    """Names or URLs of CAs, one at least."""
-    words = some_words(text)
-    if not words:
-        raise ValueError("must name a CA")
-    return tuple(a_url(word) if "://" in word else word for word in words)
-
-
-def some_names(text: str) -> tuple[str, ...]:
-    """Host names and addresses, each once, in order."""
-    return tuple(dict.fromkeys(host_name(word) for word in text.split()))
-
-
-def an_address(word: str) -> tuple[str, str]:
-    """HOST:PORT, [HOST]:PORT or :PORT."""
-    host, colon, port = word.rpartition(":")
-    if not colon or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"{word!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
-    return host.strip("[]"), port
-
-
-def some_addresses(text: str) -> tuple[tuple[str, int], ...] | None:
-    """Addresses to listen on, as host and port; host "" is every address. None where that is left open."""
-    pairs = map(an_address, text.split() if text != "none" else ())
-    return tuple((host, int(port)) for host, port in pairs) if text else None
-
-
-def some_challenges(text: str) -> tuple[str, ...]:
-    """Challenge types."""
-    unknown = [word for word in text.split() if word not in CHALLENGE_TYPES]
-    if unknown or not text:
-        raise ValueError(f"must be of {', '.join(CHALLENGE_TYPES)}")
-    return some_words(text)
-
-
-def some_paths(text: str) -> tuple[str, ...]:
-    """Paths with blanks between."""
-    return tuple(map(a_path, text.split()))
-
-
 def a_hook(text: str) -> Hook | None:
     """FAMILY:FILE, for certbot COMMAND[,CLEANUP]; or none."""
-    if not text:
-        return None
     family, _, rest = text.partition(":")
-    if family not in HOOK_FAMILIES:
-        raise ValueError(f"must begin with one of {', '.join(HOOK_FAMILIES)}, and a colon")
-    if family == "certbot" and rest:
+    if family == "certbot":
         begin, _, end = rest.partition(",")
         return Hook(family, ("/bin/sh", "-c", begin), ("/bin/sh", "-c", end) if end else ())
-    if not rest.startswith("/"):
-        raise ValueError(f"{family}: needs the whole path of a file")
-    return Hook(family, (rest,), (rest,))
+    return Hook(family, (rest,), (rest,)) if text else None
 
 
 def some_updates(text: str) -> Updates | None:
     """KEYFILE [SERVER[:PORT]] [ZONE], or none."""
-    words = text.split()
-    if len(words) > 3:
-        raise ValueError("must be KEYFILE [SERVER[:PORT]] [ZONE]")
-    key, server, zone = [*words, "", "", ""][:3]
+    key, server, zone = [*text.split(), "", "", ""][:3]
     lone = server.count(":") != 1 and not server.startswith("[")
-    return Updates(a_path(key), (server, "53") if lone else an_address(server), zone) if words else None
+    return Updates(a_path(key), (server, 53) if lone else an_address(server), zone) if text else None
+
+
+DURATION_FAULT = "must be a duration such as 20s, 10m, 12h or 30d"
+a_duration = of_form("[0-9]{1,9}[smhd]", DURATION_FAULT, seconds)
+a_limit = of_form("0*[1-9][0-9]{0,8}[smhd]", f"{DURATION_FAULT}, at least 1s", seconds)
+a_renewal = of_form("auto|never|0*[1-9][0-9]?%|[0-9]{1,9}[smhd]?",
+                    "must be auto, never, a duration such as 30d or 12h, or a share such as 25%", renewal)
+a_count = of_form("[0-9]{1,9}", "must be a whole number", int)
+a_number = of_form("0*[1-9][0-9]{0,8}", "must be a whole number, at least 1", int)
+a_flag = of_form("(?i:yes|no)", "must be yes or no", lambda text: text.lower() == "yes")
+a_label = of_form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and '-' can be used", str)
+a_key_kind = of_form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
+an_hmac = of_form("HS(256|384|512)", "must be HS256, HS384 or HS512", str)     # RFC 7518 section 3.2
+a_challenge = of_form("|".join(CHALLENGE_TYPES), f"must be of {', '.join(CHALLENGE_TYPES)}", str)
+hook_or_none = of_form(f"(({'|'.join(HOOK_FAMILIES)}):/.*|certbot:.+)?",
+                       f"must be one of {', '.join(HOOK_FAMILIES)}, a colon, and the whole path of a file", a_hook)
+updates_or_none = of_form(r"(\S+(\s+\S+){0,2})?", "must be KEYFILE [SERVER[:PORT]] [ZONE]", some_updates)
+some_words = each(str)
+some_paths = each(a_path)
+some_challenges = of_form(".+", "must name a challenge type", each(a_challenge))
+some_names = each(host_name)
+some_servers = of_form(".+", "must name a CA", each(lambda word: a_url(word) if "://" in word else word))
 
 
 class RunScope(NamedTuple):
@@ -1394,13 +1296,12 @@ class RunScope(NamedTuple):
     directory: str = setting(a_path, "", "where certificates, keys and state are; default: /etc/wucme for "
                              "root, else ~/.wucme", "PATH")
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
-    backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each", "NUMBER")
-    workers: int = setting(a_number, "4", "how many certificates are obtained side by side", "NUMBER")
-    lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end", "DURATION")
-    timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all",
-                             "DURATION")
+    backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each")
+    workers: int = setting(a_number, "4", "how many certificates are obtained side by side")
+    lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end")
+    timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
-                              "on with its order", "DURATION")
+                              "on with its order")
     host: str = setting(a_label, "", "this host's name in a directory that several share; default: the host "
                         "name", "NAME")
 
@@ -1410,14 +1311,14 @@ class CertificateScope(NamedTuple):
     server: tuple[str, ...] = setting(
         some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, "
         "or the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
-        "reached, or has refused three times", "SERVER...")
+        "reached, or has refused three times")
     names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
-    key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS), "KIND")
+    key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS))
     rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
                            "and the key file is a link to it")
     renew: Renewal = setting(a_renewal, "auto", "when: auto (a third of the lifetime left, half under 10 days), "
-                             "30d, 12h, 25%, never; a bare number is days", "WHEN")
+                             "30d, 12h, 25%, never; a bare number is days")
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
     chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
                          "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
@@ -1425,7 +1326,7 @@ class CertificateScope(NamedTuple):
                        local=True)
     challenge: tuple[str, ...] = setting(
         some_challenges, "http-01", "how control of the names is proved, in order of preference: "
-        + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order", "TYPE...")
+        + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order")
     listen: tuple[tuple[str, int], ...] | None = setting(
         some_addresses, "", "where http-01 is answered while an order runs, several by blanks; the CA asks at port 80, "
         "or whatever your router makes of it; default: :80, or none where webroot, stateless or a hook answers",
@@ -1437,16 +1338,17 @@ class CertificateScope(NamedTuple):
                                        "PATH...")
     stateless: bool = setting(a_flag, "no", "yes: a web server answers every http-01 token by itself")
     hook: Hook | None = setting(
-        a_hook, "", "a program that answers challenges for which nothing else is set, and the family by whose rules it "
-        "is called: uacme:FILE, dehydrated:FILE, certbot:COMMAND[,CLEANUP], lego:FILE, mod_md:FILE", "FAMILY:FILE")
+        hook_or_none, "", "a program that answers challenges for which nothing else is set, and the family by whose "
+        "rules it is called: uacme:FILE, dehydrated:FILE, certbot:COMMAND[,CLEANUP], lego:FILE, mod_md:FILE",
+        "FAMILY:FILE")
     nsupdate: Updates | None = setting(
-        some_updates, "", "answer dns-01 by nsupdate with this TSIG key file, at this server and in this zone if the "
-        "DNS does not say the right ones", "KEYFILE [SERVER[:PORT]] [ZONE]")
+        updates_or_none, "", "answer dns-01 by nsupdate with this TSIG key file, at this server and in this zone if "
+        "the DNS does not say the right ones", "KEYFILE [SERVER[:PORT]] [ZONE]")
     dns_wait: float = setting(a_duration, "2m", "the longest to wait until every name server of the zone has the "
-                              "record of dns-01", "DURATION")
+                              "record of dns-01")
     load: tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
                                     "LOAD LIST", "ITEM")
-    load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take", "DURATION")
+    load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take")
 
 
 class ServerScope(NamedTuple):
@@ -1463,10 +1365,13 @@ class ServerScope(NamedTuple):
     eab_hmac_file: str = setting(a_path, "", "a file that holds the MAC key instead", "PATH")
     profile: str = setting(str, "", "the profile of certificates that name none", "NAME", local=True)
     chain: str = setting(str, "", "the chain of certificates that name none", "TEXT", local=True)
-    eab_alg: str = setting(an_hmac, "HS256", "its algorithm: HS256, HS384 or HS512", "NAME")
+    eab_alg: str = setting(an_hmac, "HS256", "its algorithm: HS256, HS384 or HS512")
 
 
-SCOPES: tuple[Any, ...] = (RunScope, CertificateScope, ServerScope)
+SCOPES: dict[Any, tuple[str, str]] = {       # with the title of its section, and what it is of
+    RunScope: ("[wucme]", "the whole run"),
+    CertificateScope: ("[NAME]", "each certificate; also in a section [NAME]"),
+    ServerScope: ("[server NAME]", "each CA; also in a section [server NAME]")}
 SETTINGS: dict[str, Setting] = {name: field for scope in reversed(SCOPES)
                                 for name, field in scope._field_defaults.items()}
 
@@ -1478,17 +1383,19 @@ class Source(NamedTuple):
 
     def where(self, section: str, key: str = "", item: str = "") -> str:
         """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        lines = self.text.splitlines()
-        start = next((at for at, line in enumerate(lines, 1) if line.strip() == f"[{section}]"), 0)
-        for at, line in enumerate(lines[start:] if start else (), start + 1):
+        place, inside = 0, False
+        for number, line in enumerate(self.text.splitlines(), 1):
             plain = line.strip()
+            word, _, value = (part.strip() for part in plain.partition("="))
             if line.startswith("["):
-                break
-            words = plain.partition("=")
-            is_key = words[0].strip().lower() == key
-            if (plain == item or (is_key and words[2].strip() == item)) if item else (key and is_key):
-                return f"{self.path}:{at}"
-        return f"{self.path}:{start}" if start else self.path or "the command line"
+                inside = plain == f"[{section}]"
+                place = number if inside else place
+            elif inside and plain and (plain == item or (word.lower() == key and item in ("", value))):
+                return f"{self.path}:{number}"
+        return f"{self.path}:{place}" if place else self.path or "the command line"
+
+
+NOWHERE = Source("", "")
 
 
 class Section(NamedTuple):
@@ -1516,18 +1423,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
-def ini_fault(error: configparser.Error) -> str:
-    """LINE: what is wrong, for what the reader of inis refuses."""
-    import configparser
-    if isinstance(error, configparser.DuplicateOptionError):
-        return f"{error.lineno}: {error.option} stands twice in [{error.section}]; keep one"
-    if isinstance(error, configparser.DuplicateSectionError):
-        return f"{error.lineno}: [{error.section}] stands twice; join the two"
-    if isinstance(error, configparser.MissingSectionHeaderError):
-        return f"{error.lineno}: {printable(error.line.strip())!r} stands before any section; begin with [wucme]"
-    lines = getattr(error, "errors", None)
-    number, line = lines[0] if lines else (0, str(error))
-    return f"{number}: {printable(str(line))} is neither KEY = VALUE nor a section"
+INI_FAULTS = {
+    "DuplicateOptionError": "{0.option} stands twice in [{0.section}]; keep one",
+    "DuplicateSectionError": "[{0.section}] stands twice; join the two",
+    "MissingSectionHeaderError": "{1!r} stands before any section; begin with [wucme]",
+}
 
 
 def parse_ini(source: Source) -> dict[str, dict[str, str]]:
@@ -1541,7 +1441,11 @@ def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     try:
         parser.read_string(source.text)
     except configparser.Error as error:
-        raise SettingsError(f"{source.path}:{ini_fault(error)}") from error
+        about: Any = error
+        number = about.lineno if hasattr(about, "lineno") else about.errors[0][0]
+        line = source.text.split("\n")[number - 1].strip()
+        fault = INI_FAULTS.get(type(error).__name__, "{1!r} is neither KEY = VALUE nor a section")
+        raise SettingsError(f"{source.path}:{number}: {fault.format(error, line)}") from error
     return {title: dict(parser.items(title)) for title in parser.sections()}
 
 
@@ -1562,15 +1466,22 @@ def parse_value(source: Source, section: str, key: str, text: str) -> Any:
         raise SettingsError(f"{source.where(section, key)}: {key} = {printable(text)}: {error}") from error
 
 
-def pick(source: Source, section: str, texts: Mapping[str, str], scope: Any) -> dict[str, Any]:
-    """The values of those settings in a section that belong to one scope."""
-    return {key: parse_value(source, section, key, text) for key, text in texts.items()
-            if key in scope._field_defaults}
+def read_texts(source: Source, title: str, texts: Mapping[str, str], *scopes: Any) -> dict[str, Any]:
+    """The values of a section that may have settings of these scopes; SettingsError for a key of none of them."""
+    known = [name for scope in scopes for name, field in scope._field_defaults.items()
+             if len(scopes) == 1 or not field.local]
+    for key in texts:
+        if key not in known:
+            home = next((home for scope, (home, _) in SCOPES.items() if key in scope._fields), "")
+            raise SettingsError(f"{source.where(title, key)}: " + (
+                f"{key} belongs into {home}, not into [{title}]" if home else
+                f"unknown setting {key!r}{nearest(key, known)}"))
+    return {key: parse_value(source, title, key, text) for key, text in texts.items()}
 
 
-def default_values(scope: Any) -> dict[str, Any]:
-    """Every setting of a scope at its default."""
-    return {key: field.kind(field.default) for key, field in scope._field_defaults.items()}
+def pick(scope: Any, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of several layers that belong to one scope; the last layer that has one counts."""
+    return {key: value for layer in layers for key, value in layer.items() if key in scope._fields}
 
 
 def default_directory() -> str:
@@ -1585,106 +1496,81 @@ def default_directory() -> str:
 
 def find_ini(named: str) -> str:
     """The ini in use: the one named (which must be there), else the first that is there, else ""."""
-    if named:
-        if not os.path.exists(named):
-            raise SettingsError(f"{named}: there is no such file")
-        return named
+    if named and not os.path.exists(named):
+        raise SettingsError(f"{named}: there is no such file")
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wucme.ini")
-    for path in (beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")):
-        if os.path.exists(path):
-            return path
-    return ""
+    places = named, beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")
+    return next(filter(os.path.exists, places), "")
 
 
 def read_source(path: str) -> Source:
     """The text of an ini, "" for none; SettingsError if it cannot be read or anyone may write it."""
     if not path:
-        return Source("", "")
+        return NOWHERE
     if os.geteuid() == 0 and anyone_may_write(path):
         raise SettingsError(f"{path}: anyone may write this file, and it says what root runs; chmod o-w {path}")
     try:
         return Source(path, read(path).decode("utf-8-sig"))
-    except (FileError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{sentence(error)}" if isinstance(error, FileError)
-                            else f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except FileError as error:
+        raise SettingsError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def check_keys(source: Source, title: str, texts: Mapping[str, str], scopes: Sequence[Any]) -> None:
-    """Refuse a key that is unknown, or that belongs into another section."""
-    known = [name for scope in scopes for name, field in scope._field_defaults.items()
-             if len(scopes) == 1 or not field.local]
-    for key in texts:
-        if key in known:
-            continue
-        where = source.where(title, key)
-        if key in SETTINGS:
-            homes = [home for home, scope in zip(("[wucme]", "[NAME]", "[server NAME]"), SCOPES)
-                     if key in scope._field_defaults]
-            raise SettingsError(f"{where}: {key} belongs into {homes[0]}, not into [{title}]")
-        raise SettingsError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
-
-
-def read_section(source: Source, title: str, texts: dict[str, str], default: CertificateScope,
-                 options: dict[str, Any]) -> Section:
+def read_section(source: Source, title: str, texts: Mapping[str, str], default: CertificateScope,
+                 given: Mapping[str, Any]) -> Section:
     """The section of one certificate, over the defaults and under the options of this call."""
-    name = title.lower()
     if "names" not in texts and "." not in title and ":" not in title:
         raise SettingsError(f"{source.where(title)}: [{title}] is no host name and has no names = ..."
-                            f"{nearest(name, ['wucme', 'server'])}")
-    check_keys(source, title, texts, [CertificateScope])
-    own = pick(source, title, texts, CertificateScope)
+                            f"{nearest(title.lower(), ['wucme', 'server'])}")
+    own = pick(CertificateScope, read_texts(source, title, texts, CertificateScope), given)
     if not own.get("names"):
         own["names"] = parse_value(source, title, "names", title)
-    label = file_label(name)
-    if not SAFE_NAME.fullmatch(label) or label == "account" or label.startswith("account_"):
+    label = file_label(title)
+    if not SAFE_NAME.fullmatch(label) or reserved(label):
         raise SettingsError(f"{source.where(title)}: [{title}] cannot be a file name; use letters, digits, "
-                            "'.', '_' and '-', not account")
-    return Section(title, default._replace(**{**own, **options}), frozenset(own) | frozenset(options))
+                            "'.', '_' and '-', not account or account_*")
+    return Section(title, default._replace(**own), frozenset(own))
 
 
 def find_server(settings: Settings, name: str, title: str = "wucme") -> tuple[str, ServerScope]:
     """The CA that a `server` word means, with its short name; SettingsError if it means none."""
     found = settings.servers.get(name)
-    if found is not None and found.url:
+    if found and found.url:
         return name, found
-    where = settings.source.where(title, "server")
     if name.startswith("https://"):
-        label = re.sub(r"[^A-Za-z0-9._-]", "-", name.split("/")[2])
-        return label, settings.other_server._replace(url=name)
-    if found is not None:
+        return re.sub(r"[^A-Za-z0-9._-]", "-", name.split("/")[2]), settings.other_server._replace(url=name)
+    if found:
         raise SettingsError(f"{settings.source.where(f'server {name}')}: [server {name}] needs a url")
-    raise SettingsError(f"{where}: server = {name}: no such CA{nearest(name, settings.servers)} Known are "
-                        f"{', '.join(settings.servers)}, or give the URL of its ACME directory")
+    raise SettingsError(f"{settings.source.where(title, 'server')}: server = {name}: no such CA"
+                        f"{nearest(name, settings.servers)} Known are {', '.join(settings.servers)}, or give the URL "
+                        "of its ACME directory")
 
 
 def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     """All settings out of the ini and the options; SettingsError for the first thing wrong."""
     texts = parse_ini(source)
-    here = Source("", "")
-    given = {scope: pick(here, "", options, scope) for scope in SCOPES}
     common = texts.pop("wucme", {})
-    check_keys(source, "wucme", common, SCOPES)
-    merged = {scope: {**default_values(scope), **pick(source, "wucme", common, scope), **given[scope]}
-              for scope in SCOPES}
-    default = CertificateScope(**merged[CertificateScope])
-    other = ServerScope(**merged[ServerScope])
+    given = read_texts(NOWHERE, "", options, *SCOPES)
+    plain = {key: field.kind(field.default) for key, field in SETTINGS.items()}
+    shared = read_texts(source, "wucme", common, *SCOPES)
+    run, default, other = (scope(**pick(scope, plain, shared, given)) for scope in SCOPES)
     servers = {name: other._replace(url=url) for name, url in KNOWN_SERVERS.items()}
     sections: dict[str, Section] = {}
     for title, body in texts.items():
         kind, _, name = title.partition(" ")
+        label = file_label(title)
         if kind == "server" and name:
-            check_keys(source, title, body, [ServerScope])
-            base = servers.get(name, other)
-            servers[name] = base._replace(**{**pick(source, title, body, ServerScope), **given[ServerScope]})
+            own = read_texts(source, title, body, ServerScope)
+            servers[name] = servers.get(name, other)._replace(**pick(ServerScope, own, given))
+        elif label in sections:
+            raise SettingsError(f"{source.where(title)}: [{title}] names the same certificate as "
+                                f"[{sections[label].title}]")
         else:
-            section = read_section(source, title, body, default, given[CertificateScope])
-            if file_label(title) in sections:
-                raise SettingsError(f"{source.where(title)}: [{title}] names the same certificate as "
-                                    f"[{sections[file_label(title)].title}]")
-            sections[file_label(title)] = section
-    run = RunScope(**merged[RunScope])
-    run = run._replace(directory=run.directory or default_directory())
-    run = run._replace(log=run.log or os.path.join(run.directory, "wucme.log"), host=run.host or os.uname().nodename)
+            sections[label] = read_section(source, title, body, default, given)
+    directory = run.directory or default_directory()
+    run = run._replace(directory=directory, log=run.log or os.path.join(directory, "wucme.log"),
+                       host=run.host or os.uname().nodename)
     lists = {line: title for title, body in [*texts.items(), ("wucme", common), ("", options)]
              for line in some_lines(body.get("load", ""))}
     settings = Settings(run, default, sections, servers, other, source, lists)
@@ -1711,73 +1597,62 @@ def ini_section(title: str, texts: Mapping[str, str]) -> str:
 
 def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]) -> tuple[Settings, str]:
     """The settings with what `issue` asks for as a section, unless the ini has one; and that one's label."""
-    try:
-        wanted = some_names(" ".join(names))
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    wanted = parse_value(NOWHERE, "", "names", " ".join(names))
     if not wanted:
         raise SettingsError("issue needs the names that the certificate is for")
     label = file_label(wanted[0])
-    if reserved(label):
-        raise SettingsError(f"{wanted[0]}: account and account_* are wucme's own names; give another name first")
     known = settings.sections.get(label)
     if known and len(wanted) > 1 and set(known.values.names) != set(wanted):
         raise SettingsError(f"{settings.source.where(known.title)}: [{known.title}] says which names its certificate "
                             f"has ({' '.join(known.values.names)}); change them there")
-    given = pick(Source("", ""), "", options, CertificateScope)
-    known = known or Section(wanted[0], settings.default._replace(names=wanted), frozenset({"names"}))
+    known = known or read_section(NOWHERE, wanted[0], {"names": " ".join(wanted)}, settings.default, {})
+    given = pick(CertificateScope, read_texts(NOWHERE, "", options, *SCOPES))
     section = known._replace(values=known.values._replace(**given), own=known.own | set(given))
-    lists = {**settings.lists, **{line: "" for line in section.values.load if line not in settings.lists}}
+    lists = {**dict.fromkeys(section.values.load, ""), **settings.lists}
     return settings._replace(sections={**settings.sections, label: section}, lists=lists), label
 
 
-def unsaid(plain: Settings, options: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The options that the ini does not say already: those of a certificate, and those of the run or the CA."""
-    own: dict[str, str] = {}
-    common: dict[str, str] = {}
-    for key, given in options.items():
-        kind = SETTINGS[key].kind
-        text = a_path(given) if kind is a_path else given
-        said = [getattr(scope, key) for scope in (plain.run, plain.default, plain.other_server) if hasattr(scope, key)]
-        if key != "agree" and kind(text) not in said:
-            (own if key in CertificateScope._field_defaults else common)[key] = text
-    return own, common
+def unsaid(plain: Settings, options: Mapping[str, str]) -> dict[str, str]:
+    """The options that the ini does not say already."""
+    said = {**plain.other_server._asdict(), **plain.default._asdict(), **plain.run._asdict()}
+    return {key: a_path(text) if SETTINGS[key].kind is a_path else text for key, text in options.items()
+            if key != "agree" and SETTINGS[key].kind(text) != said[key]}
 
 
 def keep_options(source: Source, path: str, section: Section, options: Mapping[str, str]) -> list[str]:
     """Write the options of a first issue into the ini, so that renewals do the same; lines that say so."""
     plain = read_settings(source, {})
-    own, common = unsaid(plain, options)
-    before = [source.text.rstrip("\n") + "\n"] if source.text.strip() else []
+    new = unsaid(plain, options)
+    own = pick(CertificateScope, new)
+    common = {key: text for key, text in new.items() if key not in own}
     secret = "@" in common.get("proxy", "")
-    parts, lines = [], []
-    if common and not before:
-        parts.append(ini_section("wucme", common))
-    elif common:
+    lines, added = [], []
+    if common and source.text.strip():
         shown = {**common, "proxy": "..."} if secret else common
         lines.append(f"for renewals, write into {path} yourself: "
                      + "; ".join(f"{key} = {text}" for key, text in shown.items()))
+    elif common:
+        added.append(ini_section("wucme", common))
     if own and file_label(section.title) in plain.sections:
         lines.append(f"[{section.title}] stands in {path} already; for renewals, change it there")
     elif own:
-        parts.append(ini_section(section.title, {"names": " ".join(section.values.names), **own}))
-    if parts:
+        added.append(ini_section(section.title, {"names": " ".join(section.values.names), **own}))
+    if added:
+        old = source.text.rstrip("\n") + "\n\n" if source.text.strip() else ""
         try:
             make_directory(os.path.dirname(path))
-            replace(path, "\n".join(before + parts).encode(), 0o600 if secret else 0o644)
+            replace(path, (old + "\n".join(added)).encode(), 0o600 if secret else 0o644)
             lines.append(f"for renewals, the options were written to {path}")
         except OSError as error:
-            lines.append(f"{sentence(error)}; for renewals, write this into an ini yourself:\n" + "\n".join(parts))
+            lines.append(f"{sentence(error)}; for renewals, write this into an ini yourself:\n" + "\n".join(added))
     return lines
 
 
 def example_ini() -> str:
     """The shipped wucme.ini: every setting, commented out at its default."""
-    parts = [INI_HEAD]
-    titles = ("[wucme]\n# --- of the whole run ---\n", "# --- of each certificate; also in a section [NAME] ---\n",
-              "# --- of each CA; also in a section [server NAME] ---\n")
-    for title, scope in zip(titles, SCOPES):
-        parts.append(title)
+    parts = [INI_HEAD, "[wucme]"]
+    for scope, (_, whose) in SCOPES.items():
+        parts.append(f"# --- of {whose} ---\n")
         parts += [f"{wrapped(field.help, 98, '# ')}\n# {f'{name} = {field.default}'.strip()}\n"
                   for name, field in scope._field_defaults.items() if not field.local]
     return "\n".join(parts) + INI_TAIL
@@ -1785,10 +1660,9 @@ def example_ini() -> str:
 
 def settings_help() -> str:
     """The settings as the manual lists them."""
-    titles = ("of the run", "of a certificate", "of a CA")
     lines = ["SETTINGS (in wucme.ini, or as options)"]
-    for title, scope in zip(titles, SCOPES):
-        lines.append(f"  {title}:")
+    for scope, (_, whose) in SCOPES.items():
+        lines.append(f"  of {whose}:")
         for name, field in scope._field_defaults.items():
             lines.append(f"  {name} = {field.default or field.form}" + ("  (in a section only)" if field.local else ""))
             lines.append(wrapped(field.help, 96, "      "))
@@ -1865,7 +1739,7 @@ def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
     kept = {key: found[key] for key, default in Memory._field_defaults.items()
-            if key in found and key not in ("facts", "names", "window") and isinstance(found[key], type(default))}
+            if key in found and isinstance(found[key], type(default))}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
             and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
@@ -2474,8 +2348,8 @@ def by_greeting(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
 
 def ask_dns(task: Task, kind: str, name: str, at: Sequence[str] = ()) -> list[str]:
     """What the DNS says, in the words of dig; ChallengeError where it cannot be asked."""
-    server = task.wanted.nsupdate.server if task.wanted.nsupdate else ("", "")
-    where = at or ([f"@{server[0]}", "-p", server[1]] if server[0] else [])
+    server = task.wanted.nsupdate.server if task.wanted.nsupdate else ("", 53)
+    where = at or ([f"@{server[0]}", "-p", str(server[1])] if server[0] else [])
     finished = task.world.command(["dig", "+short", "+time=3", "+tries=2", *where, kind, name], child_environment(),
                                   COMMAND_SECONDS)
     if finished.problem:
@@ -2506,8 +2380,8 @@ def record_name(task: Task, name: str) -> str:
 def name_servers(task: Task, at: str) -> list[list[str]]:
     """The name servers of a record's zone, as arguments of dig; the one that is updated where it has its own port."""
     to = task.wanted.nsupdate
-    if to and to.server[0] and to.server[1] != "53":
-        return [[f"@{to.server[0]}", "-p", to.server[1]]]
+    if to and to.server[0] and to.server[1] != 53:
+        return [[f"@{to.server[0]}", "-p", str(to.server[1])]]
     zone = at
     while zone.strip("."):
         servers = [line for line in ask_dns(task, "NS", zone) if line.endswith(".")]
@@ -2762,8 +2636,6 @@ def jws_algorithm(key: PrivateKey) -> str:
 
 def sign(key: PrivateKey, data: bytes) -> bytes:
     """A JWS signature; for EC the two numbers side by side, not DER (RFC 7518 section 3.4)."""
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec, padding, utils
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         return key.sign(data, padding.PKCS1v15(), hashes.SHA256())
     digest = {256: hashes.SHA256(), 384: hashes.SHA384()}.get(key.key_size, hashes.SHA512())
@@ -3037,11 +2909,13 @@ class Client:
             if error.kind != "alreadyRevoked":
                 raise
 
-    def register_again(self, lost: str, who: Applicant) -> None:
-        """Make the account anew with the same key, once, when the CA has lost it."""
+    def register_again(self, lost: str, who: Applicant, agreed: bool) -> None:
+        """Make the account anew with the same key, once, when the CA has lost it; SettingsError if not `agreed`."""
+        terms = self.directory.terms
         with self.guard:
-            if self.account == lost:
-                self.register(who, True)
+            if self.account == lost and not self.register(who, agreed or not terms):
+                raise SettingsError(f"{self.url}: the CA has lost the account {lost}; to make it again, its terms of "
+                                    f"service at {terms} must be agreed to: set agree = yes, or use --agree")
 
     def new_order(self, names: Sequence[str], profile: str = "", replaces: str = "") -> Order:
         """A new order for these names (section 7.4), by a profile, in place of an old certificate (RFC 9773, 5)."""
@@ -3667,10 +3541,9 @@ def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     entry, about = decision.entry, decision.entry.facts
     problem, next_time = entry.memory.problem, max(entry.memory.retry_at, entry.memory.held_until)
     return {"name": entry.name, "file": entry.chain, "names": list(about.names if about else entry.wanted.names),
-            "issuer": about.issuer if about else None, "serial": about.serial if about else None,
-            "fingerprint": about.fingerprint if about else None,
-            "not_before": utc(about.not_before) if about else None,
-            "not_after": utc(about.not_after) if about else None,
+            "issuer": about and about.issuer, "serial": about and about.serial,
+            "fingerprint": about and about.fingerprint, "not_before": about and utc(about.not_before),
+            "not_after": about and utc(about.not_after),
             "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
             "failures": {"count": entry.memory.failures, "next": utc(next_time) if problem and next_time else None,
                          "problem": problem}, "loads": loads}
@@ -3889,7 +3762,7 @@ def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
     except AcmeError as error:
         if error.kind != "accountDoesNotExist":
             raise
-        client.register_again(account, by.who)
+        client.register_again(account, by.who, by.server.agree)
         order = client.new_order(names, profile, replaces)
     log(f"{names[0]}: order URL: {order.url}")
     return order
@@ -4557,7 +4430,8 @@ def argument_parser() -> argparse.ArgumentParser:
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
         if field.kind is a_flag:
-            parser.add_argument(option, dest=dest, action=argparse.BooleanOptionalAction, default=None)
+            parser.add_argument(option, dest=dest, action="store_const", const="yes")
+            parser.add_argument(f"--no{option[1:]}", dest=dest, action="store_const", const="no")
         elif not field.local and field.kind is not Secret:
             parser.add_argument(option, dest=dest, action="append" if field.kind is some_lines else "store")
     return parser
@@ -4565,9 +4439,8 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def option_texts(arguments: Json) -> dict[str, str]:
     """The settings among the options, as texts like those of an ini."""
-    given = {key[4:]: value for key, value in arguments.items() if key.startswith("set_") and value is not None}
-    return {key: "\n".join(value) if isinstance(value, list) else value if isinstance(value, str)
-            else "yes" if value else "no" for key, value in given.items()}
+    return {key[4:]: "\n".join(value) if isinstance(value, list) else value for key, value in arguments.items()
+            if key.startswith("set_") and value is not None}
 
 
 def staging(settings: Settings) -> Settings:
