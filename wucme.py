@@ -1598,6 +1598,11 @@ def ini_section(title: str, texts: Mapping[str, str]) -> str:
 def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]) -> tuple[Settings, str]:
     """The settings with what `issue` asks for as a section, unless the ini has one; and that one's label."""
     wanted = parse_value(NOWHERE, "", "names", " ".join(names))
+    csr = a_path(options.get("csr", ""))
+    try:
+        wanted = wanted or (request_facts(read(csr))[1] if csr else ())
+    except WucmeError as error:
+        raise SettingsError(f"--csr: {error}") from error
     if not wanted:
         raise SettingsError("issue needs the names that the certificate is for")
     label = file_label(wanted[0])
@@ -1717,6 +1722,11 @@ class Entry(NamedTuple):
         """What to call it in a message: the first of its names."""
         names = self.wanted.names or (self.facts.names if self.facts else ())
         return names[0] if names else self.name
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The live paths that are ours to write."""
+        return (self.chain,) if self.wanted.csr else (self.chain, self.key)
 
     @property
     def whole(self) -> bool:
@@ -1921,6 +1931,16 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     if reason and now < wait:
         return Decision(entry, False, f"{reason}; not tried again before {gmt(wait)}", at, held=True)
     return Decision(entry, bool(reason), reason, at)
+
+
+def too_rare(decision: Decision, runs: Sequence[float]) -> str:
+    """What to say if runs come so rarely that a certificate could expire between two of them, or ""."""
+    about, gaps = decision.entry.facts, [late - early for early, late in zip(runs, runs[1:])]
+    room = about.not_after - decision.renew_at if about else 0.0
+    if not gaps or room <= 0 or min(gaps) <= room / 2:
+        return ""
+    return (f"{decision.entry.title}: runs come every {min(gaps) / 3600:.1f} hours, but from the time to renew it to "
+            f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
 
 
 def dates(decision: Decision, now: float) -> str:
@@ -2280,6 +2300,9 @@ def prospects(wanted: CertificateScope, names: Sequence[str], refused: Mapping[P
                                  + " or ".join(kind for kind in KINDS if proves(kind, name)))
         if all(problems[kind] for kind in fit):
             raise ChallengeError("; ".join(dict.fromkeys(problems[kind] for kind in fit)))
+    for kind in wanted.challenge:
+        if problems[kind]:
+            log(f"{names[0]}: {kind} cannot be used: {problems[kind]}")
     return tuple(kind for kind in wanted.challenge if not problems[kind])
 
 
@@ -3482,7 +3505,7 @@ def perform(duty: Duty, directory: str, host: str, world: World) -> str:
 class Outcome(NamedTuple):
     """What became of one certificate, or of one item of a load list."""
     title: str
-    state: str                          # current, renewed or failed; loaded or owed
+    state: str                          # current, renewed, held or failed; loaded, owed or (of neither) warned
     problem: str = ""
     news: bool = False
 
@@ -3611,8 +3634,11 @@ class Obtained(NamedTuple):
 
 
 @contextlib.contextmanager
-def locked(run: RunScope, world: World) -> Iterator[None]:
-    """Hold the lock of the directory, after waiting up to lock_wait for another run; FileError if it goes on."""
+def locked(run: RunScope, world: World, counts: bool = False) -> Iterator[list[float]]:
+    """Hold the lock of the directory, after waiting up to lock_wait for another run; FileError if it goes on.
+
+    Gives the times of the last runs that count, this one included if it does.
+    """
     make_directory(run.directory)
     path = os.path.join(run.directory, LOCK)
     until, told = world.monotonic() + run.lock_wait, False
@@ -3629,11 +3655,14 @@ def locked(run: RunScope, world: World) -> Iterator[None]:
         told = True
         world.sleep(0.25)
     try:
-        about = {"pid": os.getpid(), "host": run.host, "since": utc(world.now())}
+        kept = read_json(path).get("runs")
+        runs = [float(one) for one in (kept if isinstance(kept, list) else []) if isinstance(one, (int, float))]
+        runs = [*runs, world.now()][-4:] if counts else runs
+        about = {"pid": os.getpid(), "host": run.host, "since": utc(world.now()), "runs": runs}
         with contextlib.suppress(OSError):      # it is for the others to read; the lock holds without
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(about).encode(), 0)
-        yield
+        yield runs
     finally:
         os.close(descriptor)
 
@@ -3813,19 +3842,21 @@ def give_up_order(entry: Entry, client: Client, run: RunScope) -> Entry:
 
 def obtain_by_some_way(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
     """Obtain one certificate by the first challenge types that work; each further try is a new order."""
-    verdict: WucmeError | None = None
+    met: list[WucmeError] = []
     while True:
         try:
             return obtain(entry, by, task, run)
         except (ChallengeError, AcmeError) as error:
+            met.append(error)
             left = tuple(kind for kind in task.kinds if kind not in error.spent)
-            # What a CA refused must count for the ladder, whatever failed afterwards.
-            verdict = error if isinstance(error, AcmeError) or not verdict else verdict
             fit = all(any(proves(kind, name) for kind in left) for name in task.names)
-            if not error.spent or not fit or task.world.monotonic() > task.until:
-                raise verdict from None
-            log(f"{task.names[0]}: {error}; trying {' or '.join(left)}")
-            task, entry = task._replace(kinds=left), give_up_order(entry, by.client, run)
+            if error.spent and fit and task.world.monotonic() < task.until:
+                log(f"{task.names[0]}: {error}; trying {' or '.join(left)}")
+                task, entry = task._replace(kinds=left), give_up_order(entry, by.client, run)
+                continue
+            # What the CA refused must count for the ladder, whatever failed afterwards.
+            verdict = next((one for one in met if isinstance(one, AcmeError)), None)
+            raise verdict or ChallengeError("; ".join(map(str, met))) from error
 
 
 def preference(entry: Entry, settings: Settings) -> list[str]:
@@ -3915,9 +3946,8 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
         if not step.text.startswith("saving"):
             log(step.text)
         step.do()
-    for path in (f"{entry.key}_tmp", temporary):
-        remove(path)
-    for path in (entry.chain, entry.key):
+    for path in entry.files:
+        remove(f"{path}_tmp")
         prune(path, run.backups)
     log(f"wuCME successful {entry.title} {'renewal' if entry.facts else 'issue'}")
     found = look(entry)
@@ -3948,10 +3978,10 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
         memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry), now),
                                  held_until=now + error.retry_after if error.retry_after else 0.0)
     with contextlib.suppress(OSError):      # the disk may be what failed
-        remove(f"{entry.chain}_tmp")
-        if isinstance(error, (AcmeError, PemError)):
-            memory = memory._replace(order="", order_server="")
-            remove(f"{entry.key}_tmp")
+        over = isinstance(error, (AcmeError, PemError))
+        memory = memory._replace(order="", order_server="") if over else memory
+        for path in entry.files if over else entry.files[:1]:
+            remove(f"{path}_tmp")
         remember(run.directory, entry._replace(memory=memory, written=written))
     return Outcome(entry.title, "failed", problem, news)
 
@@ -4172,7 +4202,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
     items = load_items(settings)
     run = settings.run
     clients = Clients(settings, world)
-    with locked(run, world), contextlib.closing(clients):
+    with locked(run, world, request.verb == "run") as runs, contextlib.closing(clients):
         now = world.now()
         log("certificate management")
         inventory = take_stock(settings)
@@ -4185,9 +4215,13 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
+        warnings = list(filter(None, (too_rare(decide(entry, now), runs) for entry in entries.values())))
+        for warning in warnings:
+            log(warning, wrong=True)
         ledger = open_ledger(run)
         ledger.forget(entries)
         loads = pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
+        loads += [Outcome("", "warned", warning, True) for warning in warnings]
         report = Report(inventory.files, outcomes, loads)
         log(report.tally())
     return report
@@ -4280,7 +4314,7 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     if state == "current":
         when = local_time(decide(found, world.now()).renew_at)
         print(f"{found.title} is not due before {when}; --force renews it now")
-    print(f"certificate: {found.chain}\nkey:         {found.key}")
+    print(f"certificate: {found.chain}\n{'request:    ' if found.wanted.csr else 'key:        '} {found.key}")
     if not section.values.load:
         print("the load list is empty: no server is told of a new certificate (see LOAD LIST in --help)")
     path = settings.source.path or request.ini or os.path.join(default_directory(), "wucme.ini")
