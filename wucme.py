@@ -1218,16 +1218,16 @@ class Source(NamedTuple):
 
     def where(self, section: str, key: str = "", item: str = "") -> str:
         """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        place, inside = 0, False
+        here, found = "", self.path or "the command line"
         for number, line in enumerate(self.text.splitlines(), 1):
             plain = line.strip()
             word, _, value = (part.strip() for part in plain.partition("="))
             if line.startswith("["):
-                inside = plain == f"[{section}]"
-                place = number if inside else place
-            elif inside and plain and (plain == item or (word.lower() == key and item in ("", value))):
+                here = plain
+                found = f"{self.path}:{number}" if here == f"[{section}]" else found
+            elif here == f"[{section}]" and plain and (plain == item or (word.lower() == key and item in ("", value))):
                 return f"{self.path}:{number}"
-        return f"{self.path}:{place}" if place else self.path or "the command line"
+        return found
 
 
 NOWHERE = Source("", "")
@@ -1321,9 +1321,7 @@ def pick(scope: Any, *layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_directory() -> str:
     """Where certificates are kept unless the settings say otherwise."""
-    if os.geteuid() == 0:
-        return "/etc/wucme"
-    found = os.path.expanduser("~/.wucme")
+    found = os.path.expanduser("~/.wucme") if os.geteuid() else "/etc/wucme"
     if found.startswith("~"):
         raise SettingsError("this user has no home directory; set directory = PATH, or --directory")
     return found
