@@ -1274,8 +1274,8 @@ a_duration = of_form("[0-9]{1,9}[smhd]", DURATION_FAULT, seconds)
 a_limit = of_form("0*[1-9][0-9]{0,8}[smhd]", f"{DURATION_FAULT}, at least 1s", seconds)
 a_renewal = of_form("auto|never|0*[1-9][0-9]?%|[0-9]{1,9}[smhd]?",
                     "must be auto, never, a duration such as 30d or 12h, or a share such as 25%", renewal)
-a_count = of_form("[0-9]{1,9}", "must be a whole number", int)
-a_number = of_form("0*[1-9][0-9]{0,8}", "must be a whole number, at least 1", int)
+a_count = of_form("[0-9]+", "must be a whole number", int)
+a_number = of_form("0*[1-9][0-9]*", "must be a whole number, at least 1", int)
 a_flag = of_form("(?i:yes|no)", "must be yes or no", lambda text: text.lower() == "yes")
 a_label = of_form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and '-' can be used", str)
 a_key_kind = of_form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
@@ -1383,16 +1383,16 @@ class Source(NamedTuple):
 
     def where(self, section: str, key: str = "", item: str = "") -> str:
         """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        place, inside = 0, False
+        here, found = "", self.path or "the command line"
         for number, line in enumerate(self.text.splitlines(), 1):
             plain = line.strip()
             word, _, value = (part.strip() for part in plain.partition("="))
             if line.startswith("["):
-                inside = plain == f"[{section}]"
-                place = number if inside else place
-            elif inside and plain and (plain == item or (word.lower() == key and item in ("", value))):
+                here = plain
+                found = f"{self.path}:{number}" if here == f"[{section}]" else found
+            elif here == f"[{section}]" and plain and (plain == item or (word.lower() == key and item in ("", value))):
                 return f"{self.path}:{number}"
-        return f"{self.path}:{place}" if place else self.path or "the command line"
+        return found
 
 
 NOWHERE = Source("", "")
@@ -1486,9 +1486,7 @@ def pick(scope: Any, *layers: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_directory() -> str:
     """Where certificates are kept unless the settings say otherwise."""
-    if os.geteuid() == 0:
-        return "/etc/wucme"
-    found = os.path.expanduser("~/.wucme")
+    found = os.path.expanduser("~/.wucme") if os.geteuid() else "/etc/wucme"
     if found.startswith("~"):
         raise SettingsError("this user has no home directory; set directory = PATH, or --directory")
     return found
