@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import http.client
 import ipaddress
+import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -20,11 +23,13 @@ import socketserver
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import unittest
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -57,19 +62,24 @@ def program(name: str) -> str:
 
 
 @functools.cache
-def _setup_pebble() -> tuple[bool, str]:
-    """Asks `.ci/setup` once for pebble, and returns whether it was got, and its directory or the reason."""
-    done = subprocess.run([sys.executable, CI / "setup", "pebble"], capture_output=True, text=True, check=False)
+def _setup(what: str) -> tuple[bool, str]:
+    """Asks `.ci/setup` once for a program, and returns whether it was got, and where it is or the reason."""
+    done = subprocess.run([sys.executable, CI / "setup", what], capture_output=True, text=True, check=False)
     told = done.stdout if done.returncode == 0 else done.stderr
     return done.returncode == 0, (told.splitlines() or ["no reason given"])[-1]
 
 
-def pebble_binaries() -> Path:
-    """Returns the directory of pebble and pebble-challtestsrv, got from Debian if need be."""
-    got, told = _setup_pebble()
+def setup(what: str) -> Path:
+    """Returns where `.ci/setup` has put a program, got from Debian if need be."""
+    got, told = _setup(what)
     if not got:
         raise Missing(told.removeprefix("setup: "))
     return Path(told)
+
+
+def pebble_binaries() -> Path:
+    """Returns the directory of pebble and pebble-challtestsrv."""
+    return setup("pebble")
 
 
 # --- processes and ports --------------------------------------------------------------------------
@@ -93,6 +103,21 @@ def free_ports(count: int) -> list[int]:
     if len(ports) < count:
         raise NotReady("there are no free ports")
     return ports
+
+
+def own_address(*ports: int) -> str:
+    """Picks a loopback address on which these ports, which may want root, are free."""
+    for _ in range(20):
+        address = f"127.{random.randint(1, 254)}.{random.randint(0, 255)}.{random.randint(1, 254)}"
+        try:
+            for port in ports:
+                socket.create_server((address, port)).close()
+            return address
+        except PermissionError:
+            raise Missing(f"only root may listen on port {ports[0]} here") from None
+        except OSError:
+            continue
+    raise NotReady(f"there is no address whose ports {ports} are free")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -278,6 +303,183 @@ def served(port: int, name: str, ca: bytes) -> bytes:
     return leaf
 
 
+# --- the DNS --------------------------------------------------------------------------------------
+
+
+EXAMPLE_ZONES = {
+    "example.test": (
+        "* A 127.0.0.1",
+        "*.six AAAA ::1",
+        "_acme-challenge.alias CNAME alias.validation.elsewhere.test.",
+        "_acme-challenge.chained CNAME hop.elsewhere.test.",
+    ),
+    "elsewhere.test": ("* A 127.0.0.1", "hop CNAME chained.validation"),
+}
+
+
+class Bind(Server):
+    """BIND's name server, on 127.0.0.1 and ::1 at `port`, with zones that can be changed with the key of `key_file`.
+
+    Zones map a name to records as zone files have them. Their name servers are the addresses of `servers`, else
+    localhost. Every name outside of them does not exist. A Bind `of` another has its zones from there, and learns of
+    changes only by `refresh`. `path` is a PATH on which dig and nsupdate ask this server unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        zones: Mapping[str, Sequence[str]] = EXAMPLE_ZONES,
+        *,
+        servers: Sequence[str] = (),
+        of: Bind | None = None,
+    ) -> None:
+        super().__init__(directory)
+        self.zones = zones
+        self.servers = servers
+        self.of = of
+        self.port = free_ports(1)[0]
+        self.address = f"127.0.0.1:{self.port}"
+        self.key_file: Path = of.key_file if of else self.directory / "wucme.key"
+        self.path = os.pathsep.join([str(self.directory / "bin"), SYSTEM_PATH])
+
+    def _start(self) -> None:
+        """Writes key, zones and tools, and starts the server."""
+        named, dig, nsupdate = program("named"), program("dig"), program("nsupdate")
+        if not self.of:
+            self.key_file.write_bytes(subprocess.check_output([program("tsig-keygen"), "wucme"]))
+            self.key_file.chmod(0o600)
+        self._tool("dig", f'case " $* " in *" @"*) ;; *) set -- @127.0.0.1 "$@" ;; esac\n'
+                          f'exec {dig} -p {self.port} "$@"\n')
+        self._tool("nsupdate", f'exec {nsupdate} -p {self.port} -k {shlex.quote(str(self.key_file))} "$@"\n')
+        for zone, records in ({} if self.of else {**self.zones, ".": ("localhost A 127.0.0.1",)}).items():
+            self._zone_file(zone).write_text("\n".join(self._zone(zone, records)) + "\n")
+        config = self.directory / "named.conf"
+        config.write_text("\n".join(self._configuration()) + "\n")
+        self._run("named", [named, "-f", "-g", "-c", str(config)], self._answers)
+
+    def _tool(self, name: str, script: str) -> None:
+        """Writes a program of `path`."""
+        file = self.directory / "bin" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{script}")
+        file.chmod(0o755)
+
+    def _zone_file(self, zone: str) -> Path:
+        """Names the file of a zone."""
+        return self.directory / f"{zone.strip('.') or 'root'}.zone"
+
+    def _zone(self, zone: str, records: Sequence[str]) -> Iterator[str]:
+        """Writes a zone; nothing of it may be cached for longer than a second."""
+        servers = self.servers if zone != "." else ()
+        names = {f"ns{number}": address for number, address in enumerate(servers, 1)}
+        yield f"$ORIGIN {zone.strip('.')}.\n$TTL 1"
+        yield f"@ SOA {'ns1' if names else 'localhost.'} hostmaster 1 3600 3600 36000 1"
+        yield from [f"@ NS {name}\n{name} A {address}" for name, address in names.items()] or ["@ NS localhost."]
+        yield from records
+
+    def _configuration(self) -> Iterator[str]:
+        """Writes the configuration of the server."""
+        yield f'options {{ directory "{self.directory}"; pid-file none; session-keyfile none; notify no;'
+        yield f"listen-on port {self.port} {{ 127.0.0.1; }}; listen-on-v6 port {self.port} {{ ::1; }};"
+        yield "allow-query { any; }; allow-transfer { any; }; dnssec-validation no; empty-zones-enable no; };"
+        yield f'controls {{ }};\ninclude "{self.key_file}";'
+        for zone in self.zones if self.of else [*self.zones, "."]:
+            yield f'zone "{zone}" {{ file "{self._zone_file(zone)}";'
+            if self.of:
+                yield f"type secondary; primaries {{ 127.0.0.1 port {self.of.port}; }}; }};"
+            else:
+                yield "type primary; allow-update { key wucme; }; };"
+
+    def _answers(self) -> None:
+        """Asks for each zone once."""
+        for zone in self.zones:
+            if not self.ask(zone, "SOA"):
+                raise ConnectionError(f"{zone} is not served yet")
+
+    def ask(self, name: str, kind: str = "TXT") -> list[str]:
+        """Returns the data of a name's records as this server has them."""
+        command = ["dig", "+short", "+tcp", "+time=2", "+tries=1", name, kind]
+        done = subprocess.run(command, env={"PATH": self.path}, capture_output=True, text=True, check=False)
+        return [line for line in done.stdout.splitlines() if not line.startswith(";")]
+
+    def update(self, *commands: str) -> None:
+        """Changes records, such as `update("add a.example.test 1 TXT x")`."""
+        text = "\n".join([f"server 127.0.0.1 {self.port}", *(f"update {command}" for command in commands), "send\n"])
+        subprocess.run(["nsupdate"], input=text, env={"PATH": self.path}, text=True, check=True)
+
+    def refresh(self) -> None:
+        """Tells a server that has its zones from another to look there for changes."""
+        for zone in self.zones:
+            subprocess.run(
+                ["dig", "+opcode=notify", "-b", "127.0.0.1", zone, "SOA"],
+                env={"PATH": self.path}, stdout=subprocess.DEVNULL, check=True,
+            )
+
+
+class _Datagram(socketserver.BaseRequestHandler):
+    """Passes one question on and its answer back, over UDP."""
+
+    def handle(self) -> None:
+        """Passes one datagram each way."""
+        assert isinstance(self.server, _DatagramRelay)
+        question, here = self.request
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there, contextlib.suppress(OSError):
+            there.settimeout(5)
+            there.connect(("127.0.0.1", self.server.target))
+            there.send(question)
+            here.sendto(there.recv(65535), self.client_address)
+
+
+class _Stream(socketserver.StreamRequestHandler):
+    """Passes questions on and answers back, over TCP."""
+
+    def handle(self) -> None:
+        """Passes messages, each with its length before it, until either side ends."""
+        assert isinstance(self.server, _StreamRelay)
+        target = ("127.0.0.1", self.server.target)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(OSError))
+            there = stack.enter_context(socket.create_connection(target, timeout=5))
+            answers = stack.enter_context(there.makefile("rwb"))
+            for source, sink in itertools.cycle([(self.rfile, answers), (answers, self.wfile)]):
+                length = source.read(2)
+                if not length:
+                    return
+                sink.write(length + source.read(int.from_bytes(length, "big")))
+                sink.flush()
+
+
+class _DatagramRelay(socketserver.ThreadingUDPServer):
+    """The UDP side of a relay to a port here."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, target: int) -> None:
+        self.target = target
+        super().__init__((address, 53), _Datagram)
+
+
+class _StreamRelay(socketserver.ThreadingTCPServer):
+    """The TCP side of a relay to a port here."""
+
+    daemon_threads = True
+
+    def __init__(self, address: str, target: int) -> None:
+        self.target = target
+        super().__init__((address, 53), _Stream)
+
+
+@contextlib.contextmanager
+def port_53(address: str, port: int) -> Iterator[None]:
+    """Lets a DNS server of 127.0.0.1 answer at another loopback address too, at the port that all others expect."""
+    with contextlib.ExitStack() as stack:
+        for relay in (_DatagramRelay, _StreamRelay):
+            server = stack.enter_context(relay(address, port))
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            stack.callback(server.shutdown)
+        yield
+
+
 # --- the test CA ----------------------------------------------------------------------------------
 
 
@@ -290,10 +492,11 @@ def _dns_flags(challtestsrv: Path) -> tuple[str, ...]:
 
 
 class Pebble(Server):
-    """pebble, Let's Encrypt's test CA, with the DNS server it asks, in which every name is 127.0.0.1.
+    """pebble, Let's Encrypt's test CA, with a DNS server of its own, in which every name is 127.0.0.1.
 
-    It looks for http-01 answers at `http_port` and for tls-alpn-01 at `tls_port`. Seconds of `retry_after`
-    are for authorizations and orders; `eab` maps key identifiers to MAC keys, and makes them required.
+    Where `dns` is the address of another server it asks that. It looks for http-01 answers at `http_port` and for
+    tls-alpn-01 at `tls_port`. Seconds of `retry_after` are for authorizations and orders; `eab` maps key identifiers
+    to MAC keys, and makes them required.
     """
 
     def __init__(
@@ -312,12 +515,13 @@ class Pebble(Server):
         eab: Mapping[str, str] | None = None,
         alternate_roots: int = 0,
         chain_length: int = 1,
+        dns: str = "",
     ) -> None:
         super().__init__(directory)
         self.acme_port, self.management_port, self.http_port, self.tls_port = free_ports(4)
-        dns, self._challtestsrv = free_ports(2)
+        own_dns, self._challtestsrv = (0, 0) if dns else free_ports(2)
         self.directory_url = f"https://localhost:{self.acme_port}/dir"
-        self.dns_address = f"127.0.0.1:{dns}"
+        self.dns_address = dns or f"127.0.0.1:{own_dns}"
         self.ca_file = self.directory / "ca.pem"
         self._binaries = binaries.absolute()
         self._strict = strict
@@ -358,10 +562,8 @@ class Pebble(Server):
             urllib.request.ProxyHandler({}),
             urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=str(self.ca_file))),
         )
-        names = self._binaries / "pebble-challtestsrv"
-        options = [f"-management=127.0.0.1:{self._challtestsrv}", "-defaultIPv4=127.0.0.1", "-defaultIPv6="]
-        options += ["-http01=", "-https01=", "-tlsalpn01=", *_dns_flags(names), self.dns_address]
-        self._run("challtestsrv", [str(names), *options], lambda: connects(self._challtestsrv))
+        if self._challtestsrv:
+            self._start_dns()
         options = [f"-config={config}", f"-dnsserver={self.dns_address}", *(["-strict"] if self._strict else [])]
         self._run(
             "pebble",
@@ -369,6 +571,13 @@ class Pebble(Server):
             lambda: self._fetch(self.directory_url),
             {**os.environ, **self._environment},
         )
+
+    def _start_dns(self) -> None:
+        """Starts the DNS server of its own."""
+        names = self._binaries / "pebble-challtestsrv"
+        options = [f"-management=127.0.0.1:{self._challtestsrv}", "-defaultIPv4=127.0.0.1", "-defaultIPv6="]
+        options += ["-http01=", "-https01=", "-tlsalpn01=", *_dns_flags(names), self.dns_address]
+        self._run("challtestsrv", [str(names), *options], lambda: connects(self._challtestsrv))
 
     def _fetch(self, url: str, body: object | None = None) -> bytes:
         """Gets an address, or posts JSON to it."""
@@ -395,6 +604,116 @@ class Pebble(Server):
     def log(self) -> str:
         """Returns what pebble has logged."""
         return (self.directory / "pebble.log").read_text(errors="replace")
+
+
+class _Forward(BaseHTTPRequestHandler):
+    """A proxy that sends every request to one port here, whatever host it names."""
+
+    def do_GET(self) -> None:
+        """Passes a request on with its Host, and the answer back."""
+        assert isinstance(self.server, _Proxy)
+        url = urllib.parse.urlsplit(self.path)
+        inner = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=10)
+        try:
+            inner.request("GET", url.path, headers={"Host": url.netloc})
+            answer = inner.getresponse()
+            body, status = answer.read(), answer.status
+        except OSError as error:
+            body, status = str(error).encode(), 502
+        finally:
+            inner.close()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+class _Proxy(ThreadingHTTPServer):
+    """The proxy of a CA that would go to port 80."""
+
+    daemon_threads = True
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        super().__init__(("127.0.0.1", 0), _Forward)
+
+
+class CaddyCA(Server):
+    """Caddy's acme_server: a CA of other people's code (Smallstep's), which asks the DNS server of `dns`.
+
+    Names get their http-01 questions at `http_port`, through a proxy. It dials port 443 for tls-alpn-01, and only root
+    can lead a name's elsewhere: those of `tls_names` are at `tls_address` for it. An address is dialled as it is.
+    """
+
+    def __init__(self, directory: Path, *, binary: Path, dns: str, tls_names: Sequence[str] = ()) -> None:
+        super().__init__(directory)
+        self.acme_port, self.http_port = free_ports(2)
+        self.directory_url = f"https://localhost:{self.acme_port}/acme/local/directory"
+        self.ca_file = self.directory / "data/pki/authorities/local/root.crt"
+        self.tls_names = tls_names
+        self.tls_address = own_address(443, 80) if tls_names else ""
+        self._binary = binary
+        self._dns = dns
+
+    def _configuration(self) -> str:
+        """Writes the configuration in Caddy's language."""
+        return f"""{{
+            admin off
+            persist_config off
+            skip_install_trust
+            auto_https disable_redirects
+            https_port {self.acme_port}
+            default_bind 127.0.0.1
+            storage file_system "{self.directory}/data"
+            pki {{
+                ca local {{
+                    intermediate_lifetime 400d
+                }}
+            }}
+        }}
+        https://localhost:{self.acme_port} {{
+            tls internal
+            acme_server {{
+                lifetime 90d
+                resolvers udp/{self._dns}
+                allow_wildcard_names
+            }}
+        }}
+        """
+
+    def _start(self) -> None:
+        """Starts the proxy and the CA, with a private /etc/hosts where names have to be elsewhere."""
+        proxy = _Proxy(self.http_port)
+        self._running.callback(proxy.server_close)
+        threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
+        self._running.callback(proxy.shutdown)
+        config, hosts = self.directory / "Caddyfile", self.directory / "hosts"
+        config.write_text(self._configuration())
+        command = [str(self._binary), "run", "--config", str(config), "--adapter", "caddyfile"]
+        if self.tls_names:
+            lines = ["127.0.0.1 localhost", *(f"{self.tls_address} {name}" for name in self.tls_names)]
+            hosts.write_text("\n".join(lines) + "\n")
+            mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
+            command = [program("unshare"), "-m", "sh", "-c", mount, str(hosts), *command]
+        home = str(self.directory)
+        environment = {"PATH": SYSTEM_PATH, "HOME": home, "XDG_DATA_HOME": home, "XDG_CONFIG_HOME": home,
+                       "HTTP_PROXY": f"http://127.0.0.1:{proxy.server_port}"}
+        self._run("caddy", command, self._answers, environment)
+
+    def _answers(self) -> None:
+        """Asks for the directory."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
+        opener.open(self.directory_url, timeout=5).close()
+
+    def root(self) -> bytes:
+        """Returns the root (PEM) that issued chains end at."""
+        return self.ca_file.read_bytes()
 
 
 # --- TLS servers ----------------------------------------------------------------------------------
