@@ -882,6 +882,12 @@ class TestFiles:
         os.umask(before)
         assert [mode(tmp_path / name) for name in ("a", "a/b")] == [0o755, 0o755]
 
+    def test_a_new_directory_is_flushed_in_its_parent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        flushed: list[int] = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+        wucme.make_directory(str(tmp_path / "a" / "b"))
+        assert flushed == [tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino]
+
     def test_a_directory_that_is_there_keeps_its_mode(self, tmp_path: Path) -> None:
         tmp_path.chmod(0o750)
         wucme.make_directory(str(tmp_path))
@@ -2507,6 +2513,25 @@ class TestStore:
             step.do()
         assert (tmp_path / "wucme_c_x.pem").read_bytes() == NEW_CHAIN
 
+    @pytest.mark.parametrize("done", [0, 1])
+    @pytest.mark.parametrize("waiting", [True, False])
+    def test_a_switch_that_was_cut_short_when_the_new_pair_was_live_is_straightened(
+            self, tmp_path: Path, done: int, waiting: bool) -> None:
+        combined(tmp_path)
+        if waiting:
+            wucme.create(str(tmp_path / "wucme_k_x.pem_tmp"), live(tmp_path)[1])
+        before = live(tmp_path)
+        assert wucme.straighten(look(tmp_path, rotate=True)) == []
+        for step in [step for step in wucme.straighten(look(tmp_path)) if "wucme_k_" in step.text][:2 * done]:
+            step.do()
+        for step in wucme.straighten(look(tmp_path)):
+            step.do()
+            assert live(tmp_path) == before
+        assert not (tmp_path / "wucme_k_x.pem").is_symlink()
+        assert wucme.private_key((tmp_path / "wucme_c_x.pem").read_bytes()) == b""
+        assert [mode(tmp_path / f"wucme_{kind}_x.pem") for kind in "ck"] == [0o644, 0o600]
+        assert wucme.straighten(look(tmp_path)) == []
+
     @pytest.mark.parametrize("keep", [0, 1, 3, 9])
     def test_prune_keeps_the_newest(self, tmp_path: Path, keep: int) -> None:
         stamps = ["2025123123595999", "2026010100000000", "2026010100000001", "2026021300200086"]
@@ -3735,6 +3760,22 @@ class TestInterruption:
         assert done.status == 0, done.err
         assert orders(fake) == 1
         assert not lab.left()
+
+    def test_run_that_was_killed_when_the_new_pair_was_live_is_ended_by_the_next(self, fake: fakeca.FakeCA,
+                                                                                 lab: Host) -> None:
+        assert lab.run("issue", "a.example.test", "--rotate").status == 0
+        state = lab.directory / "wucme_s_a.example.test.json"
+        about = {"order": "https://ca.test/order/1", "order_server": fake.url, "problem": "No space left on device"}
+        state.write_text(json.dumps({**json.loads(state.read_text()), **about}))
+        waiting = lab.directory / "wucme_k_a.example.test.pem_tmp"
+        waiting.write_bytes(lab.key().read_bytes())
+        lab.write(rotate="no")
+        assert lab.run("status").status == 1
+        assert lab.run().status == 0
+        assert not lab.left()
+        assert not lab.key().is_symlink()
+        assert b"PRIVATE" not in lab.pair()[0]
+        assert (orders(fake), lab.run("status").status) == (1, 0)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_stopped_by_a_signal(self, fake: fakeca.FakeCA, lab: Host, number: signal.Signals) -> None:
