@@ -164,6 +164,7 @@ ROOT = Issuer("root")
 INTERMEDIATE = Issuer("intermediate", ROOT)
 CHAIN = INTERMEDIATE.chain(KEY)
 DEFAULT = wucme.read_settings(wucme.NOWHERE, {}).default
+RUN = wucme.read_settings(wucme.NOWHERE, {}).run._replace(directory="/d", host="alpha")
 
 
 # --- 1. errors ---------------------------------------------------------------------------------
@@ -332,6 +333,29 @@ class TestCommand:
             assert os.read(ours, 9) == b"mine"
             os.close(ours)
             os.close(end)
+
+    def test_the_input_is_what_is_given(self) -> None:
+        assert shell("cat", given="a\n" * 40000).output == ["a"] * 32768
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be someone else")
+    def test_a_command_can_be_run_as_another_process_runs(self) -> None:
+        who = {"user": 65534, "group": 65533, "extra_groups": [7, 8]}
+        with subprocess.Popen(["/bin/sleep", "60"], **who) as other:   # type: ignore[call-overload]
+            found = wucme.credentials(other.pid)
+            other.kill()
+        assert found == who
+        assert shell("id -u; id -G", **found).output == ["65534", "65533 7 8"]
+        assert wucme.credentials(os.getpid()) == {}
+        assert wucme.credentials(0) == {}
+
+    def test_a_signal_is_caught_or_not(self) -> None:
+        code = "import signal, sys; signal.signal(signal.SIGUSR2, print); print(flush=True); sys.stdin.read()"
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout
+            other.stdout.readline()
+            assert [wucme.catches(other.pid, number) for number in (signal.SIGUSR2, signal.SIGUSR1)] == [True, False]
+            other.kill()
+        assert not wucme.catches(0, signal.SIGUSR2)
 
     def test_the_input_is_empty_whatever_the_callers_is(self) -> None:
         (start, end), before = os.pipe(), os.dup(0)
@@ -603,6 +627,77 @@ class TestHttp:
             wucme.Http(1, f"{tmp_path}/ca.pem")
 
 
+class TestServed:
+    """The certificate that a server shows, whether it is trusted or not."""
+
+    def said(self, site: Site, *lines: bytes) -> Callable[[socket.socket], None]:
+        """A talk that says the first line, each other after a line that it heard, and then begins TLS."""
+        def talk(peer: socket.socket) -> None:
+            with peer.makefile("rb", buffering=0) as heard:
+                for at, line in enumerate(lines):
+                    if at:
+                        heard.readline()
+                    peer.sendall(line)
+            with site.context.wrap_socket(peer, server_side=True) as secure:
+                secure.recv(1)
+        return talk
+
+    @pytest.mark.parametrize(("protocol", "lines"), [
+        ("", ()), ("smtp", (b"220-wait\r\n220 a\r\n", b"250-a\r\n250-STARTTLS\r\n250 b\r\n", b"220 go\r\n")),
+        ("imap", (b"* OK [CAPABILITY X]\r\n", b"* X\r\na OK go\r\n")), ("pop3", (b"+OK\r\n", b"+OK go\r\n")),
+    ])
+    def test_it_is_shown_by_each_protocol(self, site: Site, protocol: str, lines: tuple[bytes, ...]) -> None:
+        with Loopback(self.said(site, *lines)) as server:
+            found = wucme.served("127.0.0.1", server.port, "any.example", protocol, 5)
+        assert wucme.facts(found).names == ("localhost",)
+
+    @pytest.mark.parametrize(("protocol", "lines", "reason"), [
+        ("smtp", (b"554 not you\r\n",), "it said '554 not you'"), ("smtp", (b"220 a\r\n", b"250 a\r\n", b"454 no\r\n"),
+                                                                     "it said '454 no'"),
+        ("imap", (b"* BYE\r\n",), "no whole answer within"), ("pop3", (b"",), "no whole answer within"),
+        ("imap", (b"* OK\r\n", b"a NO\x1b\r\n"), "it said 'a NO\\x1b'"),
+    ])
+    def test_a_server_that_will_not_is_quoted(self, site: Site, protocol: str, lines: tuple[bytes, ...],
+                                              reason: str) -> None:
+        with Loopback(self.said(site, *lines)) as server, pytest.raises(wucme.NetworkError) as error:
+            wucme.served("127.0.0.1", server.port, "a", protocol, 0.3)
+        assert reason in str(error.value)
+
+    def test_it_ends_in_time_however_slowly_bytes_drip_in(self, site: Site) -> None:
+        def talk(peer: socket.socket) -> None:
+            for byte in drip(b"220-" * 1000):
+                peer.sendall(byte)
+
+        start = time.monotonic()
+        with Loopback(talk) as server, pytest.raises(wucme.NetworkError, match="no whole answer within"):
+            wucme.served("127.0.0.1", server.port, "a", "smtp", 0.3)
+        assert time.monotonic() - start < 3
+
+    def test_nobody_and_nonsense_are_said(self) -> None:
+        port = testbed.free_ports(1)[0]
+        for host, name in (("127.0.0.1", "a"), ("::1", "a"), ("256.1.1.1", "a"), ("no.invalid", "a")):
+            with pytest.raises(wucme.NetworkError):
+                wucme.served(host, port, name, "", 1)
+        with pytest.raises(wucme.NetworkError, match="does not resolve"):
+            wucme.resolve("no.invalid")
+
+    def test_the_name_asked_for_decides_what_is_shown_also_by_ipv6(self, site: Site) -> None:
+        asked: list[str | None] = []
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(Path(site.ca_file).with_name("site.pem"))
+        context.sni_callback = lambda _, name, __: asked.append(name)
+        with Loopback(Site(context, "").talk(plainly)) as server:
+            server.listener.close()
+            server.listener = socket.create_server(("::1", server.port), family=socket.AF_INET6)
+            again = threading.Thread(target=server.accept)
+            again.start()
+            server.threads.append(again)
+            for name in ("b.example", "127.0.0.1", ""):
+                wucme.served("::1", server.port, name, "", 5)
+        assert asked == ["b.example", None, None]
+        assert "127.0.0.1" in wucme.resolve("localhost")
+
+
 class Proxy:
     """A proxy that knows only CONNECT, to one port of loopback, and keeps what it was asked."""
 
@@ -828,6 +923,50 @@ class TestFiles:
         assert events[1] == (f"{path}_tmp", path)
         assert (events[0].st_ino, events[0].st_size) == (os.stat(path).st_ino, 4)
         assert events[2].st_ino == tmp_path.stat().st_ino
+
+    @pytest.mark.parametrize(("before", "held"), [(None, 0), (b"old", 0o644), (b"new", 0o644)])
+    def test_a_copy_has_mode_and_owner_before_its_first_byte(
+            self, tmp_path: Path, no_umask: None, monkeypatch: pytest.MonkeyPatch, before: bytes | None,
+            held: int) -> None:
+        path = tmp_path / "copy"
+        seen: list[tuple[int, int, int]] = []
+        if before is not None:
+            path.write_bytes(before)
+            path.chmod(held)
+        like = wucme.Owner(0o640, os.geteuid(), 7 if os.geteuid() == 0 else os.getegid())
+        monkeypatch.setattr(wucme, "write_all", lambda descriptor, data: seen.append((
+            stat.S_IMODE(os.fstat(descriptor).st_mode), os.fstat(descriptor).st_gid, os.write(descriptor, data))))
+        wucme.deploy(str(path), b"new", like)
+        assert (path.read_bytes(), mode(path), path.stat().st_gid) == (b"new", 0o640, like.gid)
+        assert seen == [(0o640, like.gid, 3)]
+        assert os.listdir(tmp_path) == ["copy"]
+        wucme.deploy(str(path), b"new", like)
+        assert len(seen) == 1, "what is there already is left alone"
+
+    def test_a_copy_replaces_a_link_and_goes_into_no_directory(self, tmp_path: Path) -> None:
+        like = wucme.Owner(0o644, os.geteuid(), os.getegid())
+        (tmp_path / "target").write_bytes(b"new")
+        (tmp_path / "link").symlink_to("target")
+        (tmp_path / "dangling").symlink_to("nowhere")
+        for name in ("link", "dangling"):
+            wucme.deploy(str(tmp_path / name), b"new", like)
+            assert not (tmp_path / name).is_symlink()
+        (tmp_path / "directory").mkdir()
+        (tmp_path / "way").symlink_to("directory")
+        for name, reason in (("directory", "a directory"), ("way", "a link to one"), ("none/x", "make it")):
+            with pytest.raises(wucme.FileError, match=reason):
+                wucme.deploy(str(tmp_path / name), b"new", like)
+        assert not list(tmp_path.rglob(".*"))
+
+    def test_a_copy_that_cannot_be_given_away_is_not_made(self, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: int) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "fchown", refuse)
+        with pytest.raises(wucme.FileError, match="with this owner: Operation not permitted"):
+            wucme.deploy(str(tmp_path / "x"), b"new", wucme.Owner(0o640, os.geteuid(), 7))
+        assert os.listdir(tmp_path) == []
 
     def test_remove_and_link(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"x")
@@ -1227,11 +1366,11 @@ class TestSettings:
         found = read_text("")
         assert found.run._replace(host="") == wucme.RunScope(
             directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, lock_wait=600, timeout=20,
-            deadline=120, host="")
+            deadline=120, alert=(), metrics="", host="")
         assert found.run.host == os.uname().nodename
         assert found.default == wucme.CertificateScope(
             server=("letsencrypt",), names=(), key="ecdsa-p256", rotate=False, renew=wucme.Renewal(auto=True),
-            listen=None, load=(), load_timeout=300, profile="", chain="", csr="", challenge=("http-01",),
+            listen=None, load=(), load_timeout=300, grace=10, profile="", chain="", csr="", challenge=("http-01",),
             listen_tls=None, webroot=(), stateless=False, hook=None, nsupdate=None, dns_wait=120)
         assert found.other_server == wucme.ServerScope(
             url="", ca_file="", proxy="", contact=(), agree=False, eab_kid="", eab_hmac=wucme.Secret(""),
@@ -2578,25 +2717,50 @@ class TestStore:
 # --- 11. load ----------------------------------------------------------------------------------
 
 class TestItems:
-    @pytest.mark.parametrize(("text", "argv", "once"), [
-        ("+", tuple(wucme.STANDARD), True), ("+nginx", ("nginx",), True), ("+ apache", ("apache",), True),
-        ("@/a/b", ("/a/b",), False), ("@ /a/b 'c d' $e", ("/a/b", "c d", "$e"), False),
-        ("$ a | b 'c", ("/bin/sh", "-c", "a | b 'c"), False), ("$a", ("/bin/sh", "-c", "a"), False),
+    @pytest.mark.parametrize(("text", "argv", "options"), [
+        ("+", ("nginx", "apache", "haproxy", "caddy", "lighttpd"), {}), ("+nginx", ("nginx",), {}),
+        ("+ postfix", ("postfix",), {}), ("+systemd  a@b.service", ("systemd", "a@b.service"), {}),
+        ("@/a/b", ("/a/b",), {}), ("@ /a/b 'c d' $e", ("/a/b", "c d", "$e"), {}),
+        ("$ a | b 'c", ("/bin/sh", "-c", "a | b 'c"), {}), ("$a", ("/bin/sh", "-c", "a"), {}),
+        ("> /a/{name}.pem", ("/a/{name}.pem",), {"what": "chain", "mode": "0644"}),
+        (">'/a b' what=pair", ("/a b",), {"what": "pair", "mode": "0600"}),
+        ("> /a what=key mode=640 owner=root:haproxy", ("/a",),
+         {"what": "key", "mode": "640", "owner": "root:haproxy"}),
+        ("> /a what=p12 password_file=/b", ("/a",), {"what": "p12", "mode": "0600", "password_file": "/b"}),
+        ("? {name}:443", ("{name}", "443"), {}), ("?[::1]:25 starttls=smtp all sni=b", ("::1", "25"), {
+            "starttls": "smtp", "all": "", "sni": "b"}),
     ])
-    def test_a_good_item(self, text: str, argv: tuple[str, ...], once: bool) -> None:
-        item = wucme.parse_item(text)
-        assert (item, item.once) == (wucme.Item(text, argv), once)
+    def test_a_good_item(self, text: str, argv: tuple[str, ...], options: dict[str, str]) -> None:
+        assert wucme.parse_item(text) == wucme.Item(text, argv, options)
 
     @pytest.mark.parametrize(("text", "reason"), [
         ("+ngnix", "no such server; did you mean nginx?"), ("+nginx apache", "no such server"),
-        ("+x", "knows nginx, apache"), ("@", "whole path"), ("@ b", "whole path"), ("@'/a", "No closing quotation"),
-        ("$", "an item begins with"),
-        ("$ ", "an item begins with"), ("nginx", "an item begins with"), ("/a/b", "an item begins with"),
-        ("!x", "an item begins with"),
+        ("+x", "knows nginx, apache"), ("+systemd", "no such server"), ("+systemd -x", "no such server"),
+        ("+systemd a b", "no such server"),
+        ("@", "whole path"), ("@ b", "whole path"), ("@'/a", "No closing quotation"),
+        ("$", "$ needs a shell command"), ("$ ", "$ needs a shell command"),
+        ("nginx", "an item begins with"), ("/a/b", "an item begins with"), ("!x", "an item begins with"),
+        (">", "must be > FILE"), ("> a", "whole path of a file"), ("> /a/", "whole path of a file"),
+        ("> /{names}", "only {name} is replaced"), ("> /a what=all", "what=all: must be one of chain, cert"),
+        ("> /a mode=1777", "three octal digits"), ("> /a mode=rw", "three octal digits"),
+        ("> /a what=key mode=0644", "would give the key to everyone"),
+        ("> /a what=p12", "go together"), ("> /a password_file=/b", "go together"),
+        ("> /a what=p12 password_file=b", "needs a whole path"), ("> /a owner=a:b:c", "USER, USER:GROUP"),
+        ("> /a mod=0644", "'mod=0644' must be one of what= mode= owner= password_file="),
+        ("> /a mode=", "once and with its value"), ("> /a mode=600 mode=600", "once and with its value"),
+        ("? a", "must be :PORT, ADDRESS:PORT"), ("? :443", "needs HOST:PORT"), ("? a:0", "must be"),
+        ("?", "must be ? HOST:PORT"), ("? a:1 all=yes", "once and with"), ("? a:1 sni", "must be one of"),
+        ("? a:1 starttls=ftp", "must be one of smtp, imap, pop3"),
     ])
     def test_a_bad_item(self, text: str, reason: str) -> None:
         with pytest.raises(ValueError, match=re.escape(reason)):
             wucme.parse_item(text)
+
+    @bounded
+    @given(text=st.text(st.sampled_from("+@$>?{}=:/' name\\\"[]what1"), min_size=1, max_size=30))
+    def test_any_text_is_an_item_or_refused(self, text: str) -> None:
+        with contextlib.suppress(ValueError):
+            assert wucme.parse_item(text).text == text
 
     @bounded
     @given(lists=st.lists(st.sets(st.sampled_from("gcafbed")).map(
@@ -2622,18 +2786,22 @@ class TestItems:
                          wucme.Duty(items["+nginx"], [one, two])]
         assert wucme.duties([one], items, lambda *_: False) == []
 
-    @pytest.mark.parametrize(("argv", "letters", "kept_options"), [
-        (["nginx: master process /usr/sbin/nginx -g daemon off; -c /etc/x.conf -p/srv"], "cp",
+    @pytest.mark.parametrize(("server", "argv", "kept_options"), [
+        ("nginx", ["nginx: master process /usr/sbin/nginx -g daemon off; -c /etc/x.conf -p/srv"],
          ["-c", "/etc/x.conf", "-p/srv"]),
-        (["nginx: master process nginx"], "cp", []),
-        (["/usr/sbin/nginx", "-c", "/a b", "-q"], "cp", ["-c", "/a b"]),
-        (["/usr/sbin/apache2", "-d", "/srv", "-k", "start", "-DSSL", "-f", "x.conf", "-D", "FOREGROUND"], "dfDCc",
+        ("nginx", ["nginx: master process nginx"], []),
+        ("nginx", ["/usr/sbin/nginx", "-c", "/a b", "-q"], ["-c", "/a b"]),
+        ("apache", ["/usr/sbin/apache2", "-d", "/srv", "-k", "start", "-DSSL", "-f", "x.conf", "-D", "FOREGROUND"],
          ["-d", "/srv", "-DSSL", "-f", "x.conf", "-D", "FOREGROUND"]),
-        (["apache2", "-"], "d", []), ([""], "c", []),
+        ("apache", ["apache2", "-"], []), ("nginx", [""], []),
+        ("haproxy", ["haproxy", "-Ws", "-f", "/a", "-f", "/b", "-p", "/run/x", "-sf", "7", "-x", "sockpair@3"],
+         ["-f", "/a", "-f", "/b"]),
+        ("caddy", ["caddy", "run", "--environ", "--config", "/a", "--adapter=x"], ["--config", "/a", "--adapter=x"]),
+        ("caddy", ["caddy", "run", "-config", "/a", "-watch"], ["-config", "/a"]),
     ])
-    def test_the_options_of_a_running_server_are_its_own(self, argv: list[str], letters: str,
+    def test_the_options_of_a_running_server_are_its_own(self, server: str, argv: list[str],
                                                          kept_options: list[str]) -> None:
-        assert wucme.own_options(argv, letters) == kept_options
+        assert wucme.own_options(argv, wucme.STANDARD[server].options) == kept_options
 
     @pytest.mark.parametrize(("problem", "output", "text"), [
         ("", ["said"], ""), ("exit status 1", [], "exit status 1"), ("exit 1", ["a", "b", " "], "exit 1: b"),
@@ -2649,6 +2817,135 @@ class TestItems:
             "PATH": "/opt/bin:/usr/local/sbin:/usr/sbin:/sbin", "LANG": "C", "WUCME_NAME": "x",
             "WUCME_NAMES": "www.example.org example.org", "WUCME_CERT": "/d/wucme_c_x.pem",
             "WUCME_KEY": "/d/wucme_k_x.pem", "WUCME_DIRECTORY": "/d", "WUCME_HOST": "alpha", "WUCME_FINGERPRINT": "f"}
+
+
+class TestStandard:
+    """What + does with the servers that it finds, told by a world that only notes it."""
+
+    MASTER = wucme.Process(4321, 1, "nginx", ["nginx: master process nginx -c /x"])
+
+    @pytest.mark.parametrize(("cgroup", "told", "unit"), [
+        ("0::/system.slice/nginx.service\n", "4321", "nginx.service"),
+        ("9:name=systemd:/system.slice/nginx.service\n0::/\n", "4321", "nginx.service"),
+        ("0::/system.slice/supervisord.service\n", "99", ""), ("0::/user.slice/a.service\n", "0", ""),
+        ("0::/\n", "4321", ""), ("0::/docker/abc\n", "4321", ""), ("", "", ""),
+    ])
+    def test_the_unit_counts_only_with_the_server_as_its_main_process(
+            self, cgroup: str, told: str, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[Any] = []
+        monkeypatch.setattr(wucme, "proc_text", lambda pid, name: cgroup)
+        monkeypatch.setattr(os.path, "isdir", lambda path: True)
+        world = wucme.World(command=noting(asked, lambda *_, **__: wucme.Finished("", [told])))
+        assert wucme.unit_of(self.MASTER, 5, world) == unit
+
+    @pytest.mark.parametrize(("unit", "catches", "done", "problem"), [
+        ("x.service", True, [["test"], ["systemctl", "reload", "x.service"]], ""), ("", True, [["test"], ["kill"]], ""),
+        ("", False, [["test"]], "cannot be told to reload: it takes no SIGHUP"),
+    ])
+    def test_it_reloads_by_its_unit_or_a_signal_that_it_takes(
+            self, unit: str, catches: bool, done: list[list[str]], problem: str,
+            monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[list[str]] = []
+
+        def command(argv: list[str], *_: object, **__: object) -> wucme.Finished:
+            seen.append(["test"] if "-t" in argv else argv)
+            return wucme.Finished("", [])
+
+        monkeypatch.setattr(wucme, "unit_of", lambda *_: unit)
+        monkeypatch.setattr(wucme, "catches", lambda *_: catches)
+        monkeypatch.setattr(os, "kill", lambda *_: seen.append(["kill"]))
+        assert problem in wucme.reload_server("nginx", self.MASTER, 5, wucme.World(command=command))
+        assert seen == done
+
+    def test_a_test_is_done_twice_before_it_is_believed(self, log: wucme.Log) -> None:
+        results = [wucme.Finished("exit status 1", ["key values mismatch"])] * 2
+        paused: list[float] = []
+        world = wucme.World(command=lambda *_, **__: results.pop(), sleep=paused.append)
+        problem = wucme.reload_server("nginx", self.MASTER, 5, world)
+        assert problem == ("nginx (pid 4321) was not reloaded, its configuration test failed: exit status 1: "
+                           "key values mismatch")
+        assert (results, paused[:1]) == ([], [1.0])
+
+    def test_another_program_called_master_is_not_postfix(self, monkeypatch: pytest.MonkeyPatch,
+                                                          log: wucme.Log) -> None:
+        monkeypatch.setattr(wucme, "processes", lambda commands: [
+            wucme.Process(5, 1, "master", ["/opt/cyrus/master"]), wucme.Process(6, 1, "master", [""])])
+        duty = wucme.Duty(wucme.parse_item("+postfix"), [entry(known(1, 0))])
+        assert wucme.perform(duty, RUN, wucme.World()) == ""
+        assert "no postfix runs here" in log.held[0]
+
+
+def prove(text: str, who: wucme.Entry, shown: Mapping[str, bytes], **more: Any) -> tuple[str, list[tuple[Any, ...]]]:
+    """What a ? item comes to where addresses show these certificates, and what was asked for."""
+    asked, times = [], iter(range(100))
+
+    def connect(host: str, port: int, name: str, protocol: str, _: float) -> bytes:
+        asked.append((host, port, name, protocol))
+        if host not in shown:
+            raise wucme.NetworkError("Connection refused")
+        return shown[host]
+
+    world = wucme.World(now=lambda: NOW, monotonic=lambda: next(times), sleep=lambda _: None, connect=connect,
+                        resolve=lambda host: list(shown), **more)
+    return wucme.perform(wucme.Duty(wucme.parse_item(text), [who]), RUN, world), asked
+
+
+class TestProve:
+    LEAF = INTERMEDIATE.issue(KEY, *NAMES)
+    MINE = entry(wucme.facts(LEAF), grace=3)._replace(name="www.example.org")
+
+    def test_the_certificate_on_disk_is_what_must_be_shown(self) -> None:
+        assert prove("? a.example:443 sni=b starttls=imap", self.MINE, {"a.example": self.LEAF}) == (
+            "", [("a.example", 443, "b", "imap")])
+
+    @pytest.mark.parametrize(("shown", "problem"), [
+        (INTERMEDIATE.issue(KEY, "old.example", span=(-9 * DAY, DAY)),
+         r"^a asked for a shows another certificate, for old.example, serial [0-9a-f]+, that expires Feb 14 00:20:00 "),
+        (INTERMEDIATE.issue(KEY, "old.example", span=(-9 * DAY, -DAY)), r"that expired Feb 12 00:20:00 2026 GMT"),
+        (INTERMEDIATE.issue(KEY), "for no name"), (b"", "holds no certificate"),
+        (None, "a asked for a shows no certificate: Connection refused"),
+    ])
+    def test_what_is_shown_instead_is_said_after_so_long(self, shown: bytes | None, problem: str) -> None:
+        found, asked = prove("? a:443", self.MINE, {} if shown is None else {"a": shown})
+        assert re.search(problem, found)
+        assert len(asked) == 3
+
+    def test_all_asks_each_address(self) -> None:
+        old = INTERMEDIATE.issue(KEY, *NAMES)
+        found, asked = prove("? a:443 all", self.MINE._replace(wanted=DEFAULT._replace(grace=0)),
+                             {"127.0.0.1": self.LEAF, "::1": old})
+        assert found.startswith("::1 asked for a shows another certificate")
+        assert [one[0] for one in asked] == ["127.0.0.1", "::1"]
+
+    def test_a_name_without_address_is_said(self) -> None:
+        def resolve(_: str) -> list[str]:
+            raise wucme.NetworkError("the name does not resolve")
+
+        world = wucme.World(monotonic=lambda: 0, sleep=lambda _: None, resolve=resolve)
+        who = self.MINE._replace(wanted=DEFAULT._replace(grace=0))
+        assert wucme.perform(wucme.Duty(wucme.parse_item("? a:1 all"), [who]), RUN, world) == (
+            "a: the name does not resolve")
+
+    @pytest.mark.parametrize(("text", "name"), [
+        ("? {name}:443", "www.example.org"), ("? 127.0.0.1:443", "www.example.org"),
+        ("? a:1 sni={name}", "www.example.org"), ("? 127.0.0.1:443 sni=b", "b"), ("? b:443", "b"),
+    ])
+    def test_the_name_that_is_asked_for(self, text: str, name: str) -> None:
+        assert wucme.server_name(wucme.parse_item(text), self.MINE) == name
+
+    @pytest.mark.parametrize(("names", "text", "concerned"), [
+        (("a.example",), "? a.example:1", True), (("a.example",), "? A.Example:1", True),
+        (("*.example",), "? a.example:1", True), (("*.example",), "? a.b.example:1", False),
+        (("*.example",), "? example:1", False), (("b.example",), "? a.example:1", False),
+        (("b.example",), "? a.example:1 sni=b.example", True), (("b.example",), "? b.example:1 sni=a.example", False),
+        (("10.0.0.1",), "? 10.0.0.1:1", True), (("*.example",), "? 10.0.0.1:1", True),
+        (("b.example",), "$ a.example:1", True),
+    ])
+    def test_a_proof_of_the_common_list_is_for_those_that_have_the_name(self, names: tuple[str, ...], text: str,
+                                                                        concerned: bool) -> None:
+        who = entry(known(1, 0, names))
+        assert wucme.concerns(wucme.parse_item(text), who) is concerned
+        assert wucme.concerns(wucme.parse_item(text), who._replace(own=frozenset({"load"})))
 
 
 @pytest.mark.usefixtures("no_power_cuts")
@@ -2689,6 +2986,20 @@ class TestLedger:
         ledger.strike(self.ENTRY, "$ a", "no", NOW)
         assert not ledger.owes(self.ENTRY, "$ a")
 
+    def test_a_failed_proof_makes_reloads_owed_again(self, tmp_path: Path) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        for item in ("+", "+nginx", "$ a", "? a:1"):
+            ledger.strike(self.ENTRY, item, "", NOW)
+        ledger.strike(self.ENTRY, "? a:1", "old", NOW)
+        assert [item for item in ("+", "+nginx", "$ a", "? a:1") if ledger.owes(self.ENTRY, item)] == [
+            "+", "+nginx", "? a:1"]
+
+    def test_alarms_last(self, tmp_path: Path) -> None:
+        ledger = wucme.Ledger(str(tmp_path), "alpha")
+        ledger.alarms["$ a"] = wucme.Alarm(("b", "c"), NOW)
+        ledger.save()
+        assert wucme.Ledger(str(tmp_path), "alpha").alarms == {"$ a": wucme.Alarm(("b", "c"), NOW)}
+
     def test_items_and_certificates_that_are_gone_are_forgotten(self, tmp_path: Path) -> None:
         ledger = wucme.Ledger(str(tmp_path), "alpha")
         for name in ("x", "y"):
@@ -2721,7 +3032,8 @@ class TestLedger:
 
     @bounded
     @given(data=st.binary(max_size=9) | st.one_of(json_values, st.fixed_dictionaries({
-        "machine": st.just(wucme.machine_id()), "certificates": json_values | st.fixed_dictionaries({
+        "machine": st.just(wucme.machine_id()), "alarms": json_values,
+        "certificates": json_values | st.fixed_dictionaries({
             "x": json_values | st.fixed_dictionaries({"+nginx": json_values | st.tuples(
                 json_values, json_values, json_values)})})})).map(lambda value: json.dumps(value).encode()))
     def test_a_torn_or_foreign_ledger_owes_everything(self, tmp_path: Path, data: bytes) -> None:
@@ -2775,6 +3087,44 @@ class TestReport:
     def test_a_certificate_that_is_not_there_has_nulls(self) -> None:
         found = wucme.certificate_json(wucme.decide(entry(None, names=("a.example",)), NOW), [])
         assert [found[key] for key in ("names", "due", "not_after", "renew_at")] == [["a.example"], True, None, None]
+
+    def test_problems_are_what_is_failing_missing_expired_or_owed(self) -> None:
+        loads = [{"item": "$ a", "state": "owed", "since": None, "problem": "no\nway"},
+                 {"item": "$ b", "state": "owed", "since": None, "problem": ""},
+                 {"item": "$ c", "state": "loaded", "since": None, "problem": "old"}]
+        found = [wucme.certificate_json(wucme.decide(who, NOW), loads[:at]) for at, who in (
+            (3, entry(known(90 * DAY, DAY), memory=wucme.Memory(problem="refused"))),
+            (0, entry(known(90 * DAY, 91 * DAY), names=("a.example",))), (0, entry(None, names=("b.example",))),
+            (0, entry(known(90 * DAY, DAY))))]
+        assert wucme.problems(found, NOW) == [
+            "www.example.org: failed: refused", "www.example.org: owed: $ a: no\\nway", "www.example.org: owed: $ b",
+            "www.example.org: expired 2026-02-12T00:20:00Z", "b.example: not there"]
+
+    @pytest.mark.parametrize(("age", "renew", "is_late"), [
+        (66, "auto", False), (68, "auto", True), (91, "auto", False), (68, "10d", False), (81, "10d", True),
+        (66, "never", False), (68, "never", True),
+    ])
+    def test_late_is_due_or_left_alone_in_the_last_quarter(self, age: float, renew: str, is_late: bool) -> None:
+        found = wucme.certificate_json(wucme.decide(entry(known(90 * DAY, age * DAY), renew), NOW), [])
+        assert bool(wucme.late([found], NOW)) is is_late
+        assert wucme.late([wucme.certificate_json(wucme.decide(entry(None), NOW), [])], NOW) == []
+
+    def test_metrics(self) -> None:
+        loads = [{"item": "$ a", "state": "owed", "since": None, "problem": ""}]
+        found = []
+        for name, problem, failures in (('a"\\\n', "x", 3), ("b", "x", 0), ("c", "", 0)):
+            memory = wucme.Memory(problem=problem, failures=failures)
+            who = entry(known(90 * DAY, DAY), memory=memory)._replace(name=name)
+            found.append(wucme.certificate_json(wucme.decide(who, NOW), loads))
+        text = wucme.metrics_text({"certificates": found, "last_run": wucme.utc(NOW)})
+        rows = [line for line in text.splitlines() if not line.startswith("#")]
+        assert rows[3:6] == [f'wucme_certificate_failures{{name="{name}"}} {count}'
+                             for name, count in (('a\\"\\\\\\\\n', 3), ("b", 1), ("c", 0))]
+        assert rows[0] == f'wucme_certificate_expiry_timestamp_seconds{{name="a\\"\\\\\\\\n"}} {int(NOW + 89 * DAY)}'
+        assert rows[-2:] == ['wucme_loads_owed{name="c"} 1', f"wucme_last_run_timestamp_seconds {int(NOW)}"]
+        form = r'# (HELP|TYPE) wucme_\w+ .+|wucme_\w+(\{name="([^"\\]|\\["\\])*"\})? \d+'
+        assert [line for line in text.splitlines() if not re.fullmatch(form, line)] == []
+        assert text.endswith("\n")
 
     @pytest.mark.parametrize(("when", "text"), [
         (NOW, "2026-02-13T00:20:00Z"), (0, "1970-01-01T00:00:00Z"), (float("inf"), None), (float("nan"), None),
@@ -3984,7 +4334,7 @@ class TestLoad:
 
     def test_load_verb_repeats_the_list(self, tame: Host, tmp_path: Path) -> None:
         tame.write(f"$ echo x >> {tmp_path}/count")
-        assert tame.run("load", "--dry-run").out == f"would load $ echo x >> {tmp_path}/count for a.example.test\n"
+        assert tame.run("load", "--dry-run").out == f"would run $ echo x >> {tmp_path}/count for a.example.test\n"
         assert not (tmp_path / "count").exists()
         tame.old_pair("b.example.test", days=80)
         assert "b.example.test" not in tame.run("load", "a.example.test", "--dry-run").out
@@ -4102,7 +4452,7 @@ class TestCommandLine:
         host.write("$ true", server="letsencrypt")
         assert host.run("--dry-run").out.splitlines() == [
             "would order a certificate for a.example.test at letsencrypt: expires in 4 days",
-            "would load $ true for a.example.test"]
+            "would run $ true for a.example.test"]
         assert "at letsencrypt-staging" in host.run("issue", "b.example.test", "--dry-run", "--staging").out
 
     def test_status_json(self, tmp_path: Path) -> None:

@@ -478,8 +478,7 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
 
 
-def start(argv: Sequence[str], env: Mapping[str, str], output: int, *, umask: int, cwd: str, given: str
-          ) -> subprocess.Popen[bytes]:
+def start(argv: Sequence[str], given: str, output: int, **how: Any) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, with this to read."""
     import subprocess
     import tempfile
@@ -487,11 +486,11 @@ def start(argv: Sequence[str], env: Mapping[str, str], output: int, *, umask: in
         text.write(given.encode("utf-8", "surrogateescape"))
         text.seek(0)
         return subprocess.Popen(argv, stdin=text if given else subprocess.DEVNULL, stdout=output,
-                                stderr=subprocess.STDOUT, env=dict(env), cwd=cwd, start_new_session=True, umask=umask)
+                                stderr=subprocess.STDOUT, start_new_session=True, **how)
 
 
-def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, umask: int = -1,
-            cwd: str = "/", given: str = "") -> Finished:
+def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, given: str = "", cwd: str = "/",
+            **how: Any) -> Finished:
     """Run a command to its end; its process group is killed as one on time-out or signal."""
     import subprocess
     import threading
@@ -502,7 +501,7 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, umas
     try:
         try:
             with ending.put_off():
-                process = start(argv, env, theirs, umask=umask, cwd=cwd, given=given)
+                process = start(argv, given, theirs, env=dict(env), cwd=cwd, **how)
                 ending.groups.add(process.pid)
         finally:
             os.close(theirs)
@@ -560,6 +559,66 @@ def processes(commands: Sequence[str]) -> list[Process]:
     return found
 
 
+def credentials(pid: int) -> dict[str, Any]:
+    """As whom a process runs, in the words of `start`; {} if that is ourselves or cannot be had."""
+    found = dict(re.findall(r"(?m)^(Uid|Gid|Groups):[ \t]*(.*)$", proc_text(pid, "status")))
+    if os.geteuid() != 0 or len(found) < 3 or found["Uid"].split()[1] == "0":
+        return {}
+    return {"user": int(found["Uid"].split()[1]), "group": int(found["Gid"].split()[1]),
+            "extra_groups": [int(group) for group in found["Groups"].split()]}
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a use for a signal; one that it has none for may end it."""
+    mask = re.search(r"(?m)^SigCgt:\s*([0-9a-f]+)$", proc_text(pid, "status"))
+    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
+
+
+# What is said before TLS begins: what is sent, and how the answer to it begins.
+STARTTLS: dict[str, tuple[tuple[bytes, bytes], ...]] = {
+    "": (),
+    "smtp": ((b"", b"220"), (b"EHLO [127.0.0.1]\r\n", b"250"), (b"STARTTLS\r\n", b"220")),
+    "imap": ((b"", b"* OK"), (b"a STARTTLS\r\n", b"a OK")),
+    "pop3": ((b"", b"+OK"), (b"STLS\r\n", b"+OK")),
+}
+
+
+def ask_for_tls(plain: Any, protocol: str) -> None:
+    """Bring a connection to where TLS begins; NetworkError if the server will not."""
+    with plain.makefile("rb") as answers:
+        for said, wanted in STARTTLS[protocol]:
+            plain.sendall(said)
+            goes_on = True
+            while goes_on:
+                line = answers.readline(1000)
+                goes_on = line[3:4] == b"-" or (line[:2] == b"* " and not line.startswith(wanted))
+            if not line.startswith(wanted):
+                raise NetworkError(f"no STARTTLS: it said {line.decode('utf-8', 'replace').strip() or 'nothing'!r}")
+
+
+def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
+    """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with contextlib.closing(dial(time.monotonic() + timeout, (host, port), timeout)) as plain:
+            ask_for_tls(plain, protocol)
+            with context.wrap_socket(plain, server_hostname=name or None) as secure:
+                return ssl.DER_cert_to_PEM_cert(secure.getpeercert(True) or b"").encode()
+    except (OSError, ValueError) as error:
+        raise NetworkError(network_reason(error, timeout)) from error
+
+
+def resolve(host: str) -> list[str]:
+    """Every address of a name; NetworkError if it has none."""
+    import socket
+    try:
+        return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
+    except (OSError, ValueError) as error:
+        raise NetworkError(network_reason(error, 0)) from error
+
+
 def port_holder(port: int) -> str:
     """Who listens on a TCP port here, for a message: "nginx (pid 12)", or "" where it cannot be seen."""
     inodes = set()
@@ -594,6 +653,8 @@ class World(NamedTuple):
     sleep: Callable[[float], None] = time.sleep
     http: Callable[..., Http] = Http
     command: Callable[..., Finished] = command
+    connect: Callable[..., bytes] = served
+    resolve: Callable[[str], list[str]] = resolve
     ask: Callable[[str], bool] = ask
 
 
@@ -674,14 +735,14 @@ def owner(path: str, mode: int) -> Owner:
 OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
 
 
-def create(path: str, data: bytes, like: Owner = OURS) -> None:
-    """Make a new file, on the disk when this returns; what a killed run left under the name goes."""
+def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
+    """Make a new file, on the disk when this returns; `strict` fails (OSError) if it cannot be given away."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         if like.uid not in (-1, os.geteuid()) or like.gid not in (-1, os.getegid()):
-            with contextlib.suppress(PermissionError):      # not root: ours then
+            with contextlib.suppress(*() if strict else (PermissionError,)):        # not root: ours then
                 os.fchown(descriptor, like.uid, like.gid)
         os.fchmod(descriptor, like.mode)
         write_all(descriptor, data)
@@ -700,6 +761,25 @@ def replace(path: str, data: bytes, mode: int = 0o600) -> None:
     """Write a whole file in one step, keeping the mode and owner of the one it replaces."""
     create(f"{path}_tmp", data, owner(path, mode))
     rename(f"{path}_tmp", path)
+
+
+def deploy(path: str, data: bytes, like: Owner) -> None:
+    """Put a copy in place in one step, with just this mode and owner, unless it is there; FileError if it cannot."""
+    directory, base = os.path.split(path)
+    if not os.path.isdir(directory):
+        raise FileError(f"{directory}: no such directory; make it, with the owner and mode that it should have")
+    if os.path.isdir(path):
+        raise FileError(f"{path}: a directory, or a link to one; give the path of a file in it")
+    if os.path.isfile(path) and not os.path.islink(path) and owner(path, 0) == like and read(path) == data:
+        return
+    temporary = os.path.join(directory, f".{base}_tmp")     # hidden: some servers read every file of a directory
+    try:
+        create(temporary, data, like, strict=True)
+        rename(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        raise FileError(f"{path}: cannot be written there with this owner: {error.strerror}") from error
 
 
 def remove(path: str) -> None:
@@ -942,6 +1022,26 @@ def authority_key(certificate: x509.Certificate) -> bytes:
     """The identifier of the key that a certificate was signed by, b"" where it has none."""
     found = extension(certificate, x509.AuthorityKeyIdentifier)
     return (found and found.key_identifier) or b""
+
+
+def make_p12(pair: bytes, name: str, password: bytes) -> bytes:
+    """Key and chain as PKCS #12."""
+    from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, pkcs12
+    leaf, *issuers = map(parse_certificate, certificates(pair))
+    return pkcs12.serialize_key_and_certificates(name.encode(), parse_key(pair), leaf, issuers,
+                                                 BestAvailableEncryption(password))
+
+
+def p12_holds(data: bytes, pair: bytes, password: bytes) -> bool:
+    """Whether a PKCS #12 file opens with this password and has this key and chain in it."""
+    from cryptography.hazmat.primitives.serialization import pkcs12
+    try:
+        key, leaf, issuers = pkcs12.load_key_and_certificates(data, password)
+    except ValueError:
+        return False
+    held = {certificate.serial_number for certificate in [leaf, *issuers] if certificate}
+    return (key is not None and key_hash(key.public_key()) == key_hash(parse_key(pair).public_key())
+            and held == {parse_certificate(pem).serial_number for pem in certificates(pair)})
 
 
 def base64url(data: bytes) -> str:
@@ -1303,6 +1403,10 @@ class RunScope(NamedTuple):
     timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
                               "on with its order")
+    alert: tuple[str, ...] = setting(
+        some_lines, "", "@ and $ items, one a line, that get the report to read when the set of problems changes, and "
+        "daily for a certificate that is late in the last quarter of its life", "ITEM")
+    metrics: str = setting(a_path, "", "a file for Prometheus (textfile collector), written by each run", "PATH")
     host: str = setting(a_label, "", "this host's name in a directory that several share; default: the host "
                         "name", "NAME")
 
@@ -1350,6 +1454,7 @@ class CertificateScope(NamedTuple):
     load: tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
                                     "LOAD LIST", "ITEM")
     load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take")
+    grace: float = setting(a_duration, "10s", "how long a ? item waits for the server to serve the new certificate")
 
 
 class ServerScope(NamedTuple):
@@ -1499,7 +1604,7 @@ def find_ini(named: str) -> str:
         raise SettingsError(f"{named}: there is no such file")
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wucme.ini")
     paths = named, beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")
-    return next(filter(os.path.exists, places), "")
+    return next(filter(os.path.exists, paths), "")
 
 
 def read_source(path: str) -> Source:
@@ -1963,7 +2068,7 @@ REQUEST_BYTES = 8192
 COMMAND_SECONDS = 30.0          # for dig and nsupdate
 
 
-class Kind(NamedTuple):
+class ChallengeType(NamedTuple):
     """A challenge type: what it can prove, and the settings that answer it."""
     wildcards: bool
     addresses: bool
@@ -1971,11 +2076,11 @@ class Kind(NamedTuple):
     port: int = 0               # at which the CA asks
 
 
-KINDS = {
-    "http-01": Kind(False, True, ("listen", "webroot", "stateless"), 80),
-    "dns-01": Kind(True, False, ("nsupdate",)),
-    "tls-alpn-01": Kind(False, True, ("listen_tls",), 443),
-    "dns-persist-01": Kind(True, False, ("record",)),
+CHALLENGES = {
+    "http-01": ChallengeType(False, True, ("listen", "webroot", "stateless"), 80),
+    "dns-01": ChallengeType(True, False, ("nsupdate",)),
+    "tls-alpn-01": ChallengeType(False, True, ("listen_tls",), 443),
+    "dns-persist-01": ChallengeType(True, False, ("record",)),
 }
 
 
@@ -2253,7 +2358,7 @@ class Listener:
 
 def ways(wanted: CertificateScope, kind: str) -> tuple[str, ...]:
     """The settings of a certificate that answer a challenge type: what is set, else a hook, else a listener."""
-    about = KINDS[kind]
+    about = CHALLENGES[kind]
     said = tuple(way for way in about.ways if getattr(wanted, way, True))
     if said:
         return said
@@ -2264,7 +2369,7 @@ def ways(wanted: CertificateScope, kind: str) -> tuple[str, ...]:
 
 def places(wanted: CertificateScope, kind: str) -> list[Place]:
     """Where a certificate wants a challenge type to be listened for."""
-    about = KINDS[kind]
+    about = CHALLENGES[kind]
     if not about.port or about.ways[0] not in ways(wanted, kind):
         return []
     return [Place(kind, *address) for address in getattr(wanted, about.ways[0]) or (("", about.port),)]
@@ -2284,19 +2389,20 @@ def open_listeners(wanted: Iterable[Place], answers: Answers) -> tuple[list[List
 
 def proves(kind: str, name: str) -> bool:
     """Whether a challenge type can prove a name at all."""
-    return KINDS[kind].wildcards if name.startswith("*.") else KINDS[kind].addresses if is_address(name) else True
+    about = CHALLENGES[kind]
+    return about.wildcards if name.startswith("*.") else about.addresses if is_address(name) else True
 
 
 def prospects(wanted: CertificateScope, names: Sequence[str], refused: Mapping[Place, str]) -> tuple[str, ...]:
     """The challenge types that can be answered here, the preferred first; ChallengeError for a name that has none."""
     problems = {kind: next((refused[place] for place in places(wanted, kind) if place in refused), "") if
-                ways(wanted, kind) else f"nothing answers {kind} here: set {', '.join(KINDS[kind].ways)} or hook"
+                ways(wanted, kind) else f"nothing answers {kind} here: set {', '.join(CHALLENGES[kind].ways)} or hook"
                 for kind in wanted.challenge}
     for name in names:
         fit = [kind for kind in wanted.challenge if proves(kind, name)]
         if not fit:
             raise ChallengeError(f"{name}: {' and '.join(wanted.challenge)} cannot prove it; set challenge = "
-                                 + " or ".join(kind for kind in KINDS if proves(kind, name)))
+                                 + " or ".join(kind for kind in CHALLENGES if proves(kind, name)))
         if all(problems[kind] for kind in fit):
             raise ChallengeError("; ".join(dict.fromkeys(problems[kind] for kind in fit)))
     for kind in wanted.challenge:
@@ -2991,7 +3097,7 @@ class Client:
             raise ProtocolError(f"{url}: the CA wants an authorization for {printable(value)[:100]!r}, not asked for")
         listed = found.get("challenges")
         challenges = [self.parse_challenge(one) for one in (listed if isinstance(listed, list) else [])
-                      if isinstance(one, dict) and one.get("type") in KINDS]
+                      if isinstance(one, dict) and one.get("type") in CHALLENGES]
         return Authorization(url, name, str(found.get("status")), tuple(filter(None, challenges)))
 
     def parse_challenge(self, found: Json) -> Challenge | None:
@@ -3288,47 +3394,114 @@ def account_files(directory: str, server: str, url: str, first: bool) -> Account
 # An item is owed by this host as long as the certificate on disk is not the one that it last did
 # with success. There is no other way in which anything is loaded.
 
+UNIT = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*")
+
+
 class Standard(NamedTuple):
     """A server that `+` knows: how to find it, test its configuration, and have it read its files again."""
     commands: tuple[str, ...]           # names of its processes
-    test: tuple[str, ...]
-    options: str                        # those of its own options (with a value) that the test must repeat
-    reload: signal.Signals
+    test: tuple[str, ...]               # "" is the program that runs; none where the reload refuses what is bad
+    options: tuple[str, ...]            # those of its own options (with a value) that test and reload must repeat
+    reload: signal.Signals | tuple[str, ...]
+    web: bool = True                    # whether a bare + means it
+    path: str = ""                      # what its program's path has in it, where its name says little
 
 
 STANDARD = {
-    "nginx": Standard(("nginx",), ("-t", "-q"), "cp", signal.SIGHUP),
-    "apache": Standard(("apache2", "httpd"), ("-t",), "dfDCc", signal.SIGUSR1),
+    "nginx": Standard(("nginx",), ("", "-t", "-q"), ("-c", "-p"), signal.SIGHUP),
+    "apache": Standard(("apache2", "httpd"), ("", "-t"), ("-d", "-f", "-D", "-C", "-c"), signal.SIGUSR1),
+    "haproxy": Standard(("haproxy",), ("", "-c", "-q"), ("-f", "-C"), signal.SIGUSR2),
+    "caddy": Standard(("caddy",), (), ("--config", "-config", "-c", "--adapter", "-adapter", "-a"),
+                      ("", "reload", "--force")),
+    "lighttpd": Standard(("lighttpd",), ("", "-tt"), ("-f", "-m"), signal.SIGUSR1),
+    "postfix": Standard(("master",), ("postfix", "check"), (), ("postfix", "reload"), False, "postfix"),
+    "dovecot": Standard(("dovecot",), ("", "-n"), ("-c",), signal.SIGHUP, False),
 }
+WHATS = {"chain": False, "cert": False, "issuers": False, "key": True, "pair": True, "p12": True}   # is a key in it?
+CONNECT_SECONDS = 10.0
 
 
 class Item(NamedTuple):
-    """One item of a load list."""
+    """One item of a load list: what it acts on, and how."""
     text: str
     argv: tuple[str, ...]
-
-    @property
-    def once(self) -> bool:
-        """Whether it is done once for all certificates."""
-        return self.text[0] == "+"
+    options: Mapping[str, str] = {}
 
 
-def parse_item(text: str) -> Item:
-    """One line of a load list; ValueError for what can never work."""
+Parsed = tuple[tuple[str, ...], Mapping[str, str]]      # the last two of an Item
+
+
+def parse_standard(rest: str) -> Parsed:
+    """+: a known server, a unit of systemd, or nothing for all web servers."""
+    words = rest.split()
+    if not words:
+        return tuple(name for name, kind in STANDARD.items() if kind.web), {}
+    if rest in STANDARD or (words[0] == "systemd" and len(words) == 2 and UNIT.fullmatch(words[1])):
+        return tuple(words), {}
+    known = [*STANDARD, "systemd UNIT"]
+    raise ValueError(f"no such server{nearest(rest, known)} + knows {', '.join(known)}")
+
+
+def parse_procedure(rest: str) -> Parsed:
+    """@: a file with arguments."""
     import shlex
-    sign, rest = text[0], text[1:].strip()
-    if sign == "+" and (not rest or rest in STANDARD):
-        return Item(text, (rest,) if rest else tuple(STANDARD))
-    if sign == "+":
-        raise ValueError(f"no such server{nearest(rest, STANDARD)} + knows {', '.join(STANDARD)}")
-    if sign == "$" and rest:
-        return Item(text, ("/bin/sh", "-c", rest))
-    if sign == "@":
-        argv = shlex.split(rest)
-        if argv and argv[0].startswith("/"):
-            return Item(text, tuple(argv))
+    argv = shlex.split(rest)
+    if not argv or not argv[0].startswith("/"):
         raise ValueError("@ needs the whole path of a file")
-    raise ValueError("an item begins with + (known servers), @ (a procedure) or $ (a shell command)")
+    return tuple(argv), {}
+
+
+def parse_command(rest: str) -> Parsed:
+    """$: a line for the shell."""
+    if not rest:
+        raise ValueError("$ needs a shell command")
+    return ("/bin/sh", "-c", rest), {}
+
+
+def parse_options(rest: str, form: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A place with {name} in it perhaps, and what is said of it: WORD or KEY=VALUE, each once."""
+    import shlex
+    words = shlex.split(rest)
+    options: dict[str, str] = {}
+    for word in words[1:]:
+        key, equals, value = word.partition("=")
+        if key + equals not in known or key in options or bool(equals) != bool(value):
+            raise ValueError(f"{word!r} must be one of {' '.join(known)}, once and with its value")
+        options[key] = value
+    if not words or re.search("[{}]", words[0].replace("{name}", "")):
+        raise ValueError(f"must be {form}, and only {{name}} is replaced in it")
+    return words[0], options
+
+
+def parse_copy(rest: str) -> Parsed:
+    """>: where a copy goes, of what, with which mode and owner."""
+    place, options = parse_options(rest, "> FILE", ("what=", "mode=", "owner=", "password_file="))
+    what = options.setdefault("what", "chain")
+    secret = WHATS.get(what, False)
+    mode = options.setdefault("mode", "0600" if secret else "0644")
+    for wrong, remedy in (
+            (not place.startswith("/") or place.endswith("/"), "> needs the whole path of a file"),
+            (what not in WHATS, f"what={what}: must be one of {', '.join(WHATS)}"),
+            (not re.fullmatch("0?[0-7]{3}", mode), f"mode={mode}: must be three octal digits, such as 0640"),
+            (secret and mode[-1] != "0", f"mode={mode} would give the key to everyone; end it in 0"),
+            ((what == "p12") != ("password_file" in options), "what=p12 and password_file= go together"),
+            (not options.get("password_file", "/").startswith("/"), "password_file= needs a whole path"),
+            (options.get("owner", "x").count(":") > 1, "owner= must be USER, USER:GROUP or :GROUP")):
+        if wrong:
+            raise ValueError(remedy)
+    return (place,), options
+
+
+def parse_proof(rest: str) -> Parsed:
+    """?: where a server is asked for its certificate, by which name and protocol."""
+    place, options = parse_options(rest, "? HOST:PORT", ("sni=", "starttls=", "all"))
+    at = some_addresses(place)
+    if not at or not at[0][0]:
+        raise ValueError("? needs HOST:PORT")
+    protocol = options.get("starttls", "")
+    if protocol not in STARTTLS:
+        raise ValueError(f"starttls={protocol}: must be one of {', '.join(filter(None, STARTTLS))}")
+    return (at[0][0], str(at[0][1])), options
 
 
 class Loaded(NamedTuple):
@@ -3336,6 +3509,12 @@ class Loaded(NamedTuple):
     fingerprint: str = ""
     problem: str = ""
     since: float = 0.0
+
+
+class Alarm(NamedTuple):
+    """What an item of `alert` was last told, and when."""
+    problems: tuple[str, ...] = ()
+    at: float = 0.0
 
 
 def machine_id() -> str:
@@ -3349,7 +3528,7 @@ def machine_id() -> str:
 
 
 class Ledger:
-    """What this host has loaded, by certificate and item; written down as it happens."""
+    """What this host has loaded, by certificate and item, and whom it has alarmed; written down as it happens."""
 
     def __init__(self, directory: str, host: str) -> None:
         self.path = os.path.join(directory, f"wucme_l_{host}.json")
@@ -3357,13 +3536,20 @@ class Ledger:
         found = read_json(self.path)
         self.stranger = bool(found) and found.get("machine") != self.machine
         self.records: dict[str, dict[str, Loaded]] = {}
-        self.saved: dict[str, dict[str, Loaded]] = {}
-        held = found.get("certificates")
-        for name, items in (held.items() if isinstance(held, dict) and not self.stranger else ()):
+        self.alarms: dict[str, Alarm] = {}
+        held, told = (found.get(key) if not self.stranger else None for key in ("certificates", "alarms"))
+        for name, items in (held.items() if isinstance(held, dict) else ()):
             if isinstance(items, dict):
                 self.records[name] = {text: Loaded(*about) for text, about in items.items()
                                       if isinstance(about, list) and list(map(type, about)) == [str, str, float]}
-        self.saved = {name: dict(items) for name, items in self.records.items()}
+        for text, about in (told.items() if isinstance(told, dict) else ()):
+            if isinstance(about, list) and list(map(type, about)) == [list, float]:
+                self.alarms[text] = Alarm(tuple(about[0]), about[1])
+        self.saved = "" if self.stranger else self.text()
+
+    def text(self) -> str:
+        """All of it, as it is written down."""
+        return json.dumps({"machine": self.machine, "certificates": self.records, "alarms": self.alarms})
 
     def owes(self, entry: Entry, item: str) -> bool:
         """Whether an item is still to be done for the certificate on disk."""
@@ -3371,13 +3557,15 @@ class Ledger:
         return entry.facts is not None and (done is None or done.fingerprint != entry.facts.fingerprint)
 
     def strike(self, entry: Entry, item: str, problem: str, now: float) -> bool:
-        """Note how an item ended; whether that is news."""
+        """Note how an item ended; whether that is news. After a failed proof reloads are owed again."""
         items = self.records.setdefault(entry.name, {})
         before = items.get(item, Loaded())
         if problem:
             items[item] = before._replace(problem=problem, since=before.since if before.problem else now)
         else:
             items[item] = Loaded(entry.facts.fingerprint if entry.facts else "")
+        if problem and item[0] == "?":
+            items.update({text: about._replace(fingerprint="") for text, about in items.items() if text[0] in "+?"})
         return not problem or before.problem != problem
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
@@ -3391,10 +3579,10 @@ class Ledger:
 
     def save(self) -> None:
         """Write it, if anything in it is new."""
-        if self.records != self.saved or self.stranger:
-            text = json.dumps({"machine": self.machine, "certificates": self.records})
+        text = self.text()
+        if text != self.saved:
             replace(self.path, text.encode())
-            self.saved = {name: dict(items) for name, items in self.records.items()}
+            self.saved = text
 
 
 class Duty(NamedTuple):
@@ -3417,13 +3605,30 @@ def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     return list(before)
 
 
+def server_name(item: Item, entry: Entry) -> str:
+    """The name that a proof asks the server for: sni, else the host; for an address a name of the certificate."""
+    host, names = item.argv[0].replace("{name}", entry.name), entry.facts.names if entry.facts else ()
+    if "sni" in item.options or host in names or not is_address(host):
+        return item.options.get("sni", host).replace("{name}", entry.name)
+    return names[0].replace("*", "www") if names else host
+
+
+def concerns(item: Item, entry: Entry) -> bool:
+    """Whether an item is for a certificate: a proof that is asked for in general, only if it has that name."""
+    if item.text[0] != "?" or "load" in entry.own:
+        return True
+    name, names = server_name(item, entry).lower(), entry.facts.names if entry.facts else ()
+    return name in names or f"*.{name.partition('.')[2]}" in names
+
+
 def duties(entries: Iterable[Entry], items: Mapping[str, Item], due: Callable[[Entry, str], bool]) -> list[Duty]:
     """What is to be done now, in order: + once for all certificates, the others once for each."""
     whole = [entry for entry in entries if entry.whole]
     found = []
     for text in in_order(entry.wanted.load for entry in whole):
-        owing = [entry for entry in whole if text in entry.wanted.load and due(entry, text)]
-        groups = [owing] if items[text].once and owing else [[entry] for entry in owing]
+        owing = [entry for entry in whole if text in entry.wanted.load and concerns(items[text], entry)
+                 and due(entry, text)]
+        groups = [owing] if KINDS[text[0]].once and owing else [[entry] for entry in owing]
         found += [Duty(items[text], group) for group in groups]
     return found
 
@@ -3437,74 +3642,199 @@ def load_environment(entry: Entry, directory: str, host: str) -> dict[str, str]:
             "WUCME_FINGERPRINT": about.fingerprint if about else ""}
 
 
-def own_options(argv: Sequence[str], letters: str) -> list[str]:
-    """Those options of a command line that have one of these letters and a value."""
+def own_options(argv: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Those of these options of a command line that it has, with their values."""
     words = argv[0].partition("master process ")[2].split() if len(argv) == 1 else list(argv)
     kept = []
     for word, following in zip(words[1:], [*words[2:], ""]):
-        if word[:1] == "-" and word[1:2] and word[1] in letters:
-            kept += [word, following] if len(word) == 2 else [word]
+        if word in options:
+            kept += [word, following]
+        elif word.partition("=")[0] in options or word[:2] in options:
+            kept.append(word)
     return kept
 
 
-def test_server(kind: Standard, master: Process, timeout: float, world: World) -> Finished:
-    """Have a server's own program test its configuration, with the arguments that the running one has."""
-    program = proc_link(master.pid, "exe").replace(" (deleted)", "")
+def server_command(kind: Standard, argv: Sequence[str], master: Process, timeout: float, world: World) -> Finished:
+    """Run a command about a server as the server itself runs: program, options, environment, directory, user."""
+    program = proc_link(master.pid, "exe").replace(" (deleted)", "") or kind.commands[0]
     variables = (pair.partition("=") for pair in proc_text(master.pid, "environ").split("\0"))
     environment = {name: value for name, equals, value in variables if equals} or child_environment()
     where = proc_link(master.pid, "cwd")
-    argv = [program or kind.commands[0], *kind.test, *own_options(master.argv, kind.options)]
-    return world.command(argv, environment, timeout, cwd=where if os.path.isdir(where) else "/")
+    return world.command([argv[0] or program, *argv[1:], *own_options(master.argv, kind.options)], environment,
+                         timeout, cwd=where if os.path.isdir(where) else "/", **credentials(master.pid))
+
+
+def unit_of(master: Process, timeout: float, world: World) -> str:
+    """The unit of systemd whose main process a server is, or ""."""
+    unit = re.search(r"(?m)/([^/\n]+\.service)$", proc_text(master.pid, "cgroup"))
+    if not unit or not os.path.isdir("/run/systemd/system"):
+        return ""
+    told = world.command(["systemctl", "show", "--property=MainPID", "--value", unit[1]], child_environment(), timeout)
+    return unit[1] if told.output[:1] == [str(master.pid)] else ""
 
 
 def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
     """Test the configuration of one running server and have it reload; the problem, or ""."""
-    kind = STANDARD[name]
-    tested = test_server(kind, master, timeout, world)
-    if tested.problem:
+    kind, who = STANDARD[name], f"{name} (pid {master.pid})"
+    tested = Finished("", [])
+    for pause in (1.0, 0.0) if kind.test else ():
+        tested = server_command(kind, kind.test, master, timeout, world)
+        if not tested.problem:
+            break
         # It may have opened one of two files before a rename and the other after it.
-        world.sleep(1.0)
-        tested = test_server(kind, master, timeout, world)
+        world.sleep(pause)
     if tested.problem:
         for line in tested.output:
             log(f"+{name}: {line}")
-        return f"{name} (pid {master.pid}) was not reloaded, its configuration test failed: {with_last_line(tested)}"
-    unit = re.search(r"/([^/]+\.service)$", proc_text(master.pid, "cgroup").strip())
-    if unit and os.path.isdir("/run/systemd/system"):
-        return with_last_line(world.command(["systemctl", "reload", unit[1]], child_environment(), timeout))
+        return f"{who} was not reloaded, its configuration test failed: {with_last_line(tested)}"
+    unit = unit_of(master, timeout, world)
+    if unit:
+        return with_last_line(world.command(["systemctl", "reload", unit], child_environment(), timeout))
+    if isinstance(kind.reload, tuple):
+        return with_last_line(server_command(kind, kind.reload, master, timeout, world))
+    if not catches(master.pid, kind.reload):
+        hint = "; start it with -W" if name == "haproxy" else ""
+        return f"{who} cannot be told to reload: it takes no {kind.reload.name}{hint}"
     try:
         os.kill(master.pid, kind.reload)
     except OSError as error:
-        return f"{name} (pid {master.pid}) cannot be told to reload: {error.strerror}"
+        return f"{who} cannot be told to reload: {error.strerror}"
     return ""
 
 
-def standard_load(item: Item, timeout: float, world: World) -> str:
-    """Reload the servers of an item that run here; the problems, or ""."""
+def standard_load(duty: Duty, _: RunScope, world: World) -> str:
+    """Reload the servers of a + item that run here; the problems, or ""."""
+    names, timeout = duty.item.argv, duty.entries[0].wanted.load_timeout
+    if names[0] == "systemd":
+        return with_last_line(world.command(["systemctl", "try-reload-or-restart", names[1]], child_environment(),
+                                            timeout))
     problems, running = [], []
-    for name in item.argv:
-        found = processes(STANDARD[name].commands)
+    for name in names:
+        found = [one for one in processes(STANDARD[name].commands) if STANDARD[name].path in one.argv[0]]
         for master in [one for one in found if one.parent not in {other.pid for other in found}]:
             running.append(name)
             problems.append(reload_server(name, master, timeout, world))
     if not running:
-        log(f"{item.text}: no {' or '.join(item.argv)} runs here; it reads the new files when it starts")
+        log(f"{duty.item.text}: no {' or '.join(names)} runs here; it reads the new files when it starts")
     return "; ".join(filter(None, problems))
 
 
-def perform(duty: Duty, directory: str, host: str, world: World) -> str:
-    """Do one item now; the problem, or ""."""
-    entry = duty.entries[0]
-    timeout = entry.wanted.load_timeout
-    item = duty.item
-    if item.once:
-        return standard_load(item, timeout, world)
+def run_item(item: Item, environment: Mapping[str, str], timeout: float, world: World, *, title: str,
+             given: str = "") -> str:
+    """Run a procedure or command with something to read; the problem, or ""."""
     if os.geteuid() == 0 and item.text[0] == "@" and anyone_may_write(item.argv[0]):
         return f"{item.argv[0]}: anyone may write this file, and root would run it; chmod o-w {item.argv[0]}"
-    finished = world.command(item.argv, load_environment(entry, directory, host), timeout)
+    finished = world.command(item.argv, environment, timeout, given=given)
     for line in finished.output:
-        log(f"{entry.title}: {item.text[:40]}: {line}")
+        log(f"{title}: {item.text[:40]}: {line}")
     return with_last_line(finished)
+
+
+def procedure(duty: Duty, run: RunScope, world: World) -> str:
+    """Run an @ or $ item for its certificate; the problem, or ""."""
+    entry = duty.entries[0]
+    return run_item(duty.item, load_environment(entry, run.directory, run.host), entry.wanted.load_timeout, world,
+                    title=entry.title)
+
+
+def destination(item: Item, entry: Entry) -> str:
+    """The path of the copy that a > item makes of a certificate."""
+    return os.path.normpath(item.argv[0].replace("{name}", entry.name))
+
+
+def copy_owner(text: str, mode: str) -> Owner:
+    """Mode and owner of a copy, by their names on this host; what is not named is ours."""
+    import grp
+    import pwd
+    user, _, group = text.partition(":")
+    try:
+        return Owner(int(mode, 8), pwd.getpwnam(user).pw_uid if user else os.geteuid(),
+                     grp.getgrnam(group).gr_gid if group else os.getegid())
+    except KeyError as error:
+        raise FileError(f"owner={text}: no such user or group on this host") from error
+
+
+def write_copy(duty: Duty, _: RunScope, __: World) -> str:
+    """Put the copy of a > item in place; WucmeError for what is in the way."""
+    entry, options = duty.entries[0], duty.item.options
+    what, path = options["what"], destination(duty.item, entry)
+    # From parsed blocks: the chain file may hold the key too.
+    chain, key = certificates(read(entry.chain)), private_key(read(entry.key))
+    data = b"".join({"cert": chain[:1], "issuers": chain[1:], "key": [key], "pair": [key, *chain]}.get(what, chain))
+    if what == "p12":
+        pair, password = b"".join([key, *chain]), read(options["password_file"]).strip(b"\r\n")
+        held = read(path) if os.path.isfile(path) else b""
+        data = held if p12_holds(held, pair, password) else make_p12(pair, entry.title, password)
+    if not data:
+        return f"there are no {what} in {entry.chain}"
+    deploy(path, data, copy_owner(options.get("owner", ""), options["mode"]))
+    return ""
+
+
+def shown_instead(entry: Entry, pem: bytes, now: float) -> str:
+    """Which certificate a server shows in place of the one on disk; "" if it is that."""
+    shown = facts(pem)
+    if entry.facts and shown.fingerprint == entry.facts.fingerprint:
+        return ""
+    return (f"another certificate, for {' '.join(shown.names) or 'no name'}, serial {shown.serial}, "
+            f"that {'expired' if shown.not_after <= now else 'expires'} {gmt(shown.not_after)}")
+
+
+def prove_once(item: Item, entry: Entry, world: World) -> str:
+    """Compare what a server shows with what is on disk; the problem, or ""."""
+    host, name = item.argv[0].replace("{name}", entry.name), server_name(item, entry)
+    problems = []
+    try:
+        hosts = world.resolve(host) if "all" in item.options else [host]
+    except NetworkError as error:
+        return f"{host}: {error}"
+    for one in hosts:
+        try:
+            problem = shown_instead(entry, world.connect(one, int(item.argv[1]), name, item.options.get("starttls", ""),
+                                                         CONNECT_SECONDS), world.now())
+        except WucmeError as error:
+            problem = f"no certificate: {error}"
+        problems += [f"{one} asked for {name} shows {problem}"] if problem else []
+    return "; ".join(problems)
+
+
+def prove(duty: Duty, _: RunScope, world: World) -> str:
+    """Wait until a server shows the certificate that is on disk, for up to `grace`; the problem, or ""."""
+    entry = duty.entries[0]
+    until = world.monotonic() + entry.wanted.grace
+    while (problem := prove_once(duty.item, entry, world)) and world.monotonic() < until:
+        world.sleep(0.25)
+    return problem
+
+
+class Kind(NamedTuple):
+    """What the first character of an item says: how the rest is read, and how it is done."""
+    parse: Callable[[str], Parsed]
+    once: bool                          # once for all certificates, not once for each
+    words: str                          # what it does
+    act: Callable[[Duty, RunScope, World], str]
+
+
+KINDS = {
+    "+": Kind(parse_standard, True, "test and reload", standard_load),
+    "@": Kind(parse_procedure, False, "run", procedure),
+    "$": Kind(parse_command, False, "run", procedure),
+    ">": Kind(parse_copy, False, "write", write_copy),
+    "?": Kind(parse_proof, False, "prove", prove),
+}
+
+
+def parse_item(text: str) -> Item:
+    """One line of a load list; ValueError for what can never work."""
+    if text[0] not in KINDS:
+        raise ValueError("an item begins with + (known servers), @ (a procedure), $ (a shell command), > (a copy) or "
+                         "? (a proof)")
+    return Item(text, *KINDS[text[0]].parse(text[1:].strip()))
+
+
+def perform(duty: Duty, run: RunScope, world: World) -> str:
+    """Do one item now; the problem, or ""."""
+    return KINDS[duty.item.text[0]].act(duty, run, world)
 
 
 # === 12. report: how it went ====================================================================
@@ -3597,9 +3927,52 @@ def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
     return [printable(line) for line in lines]
 
 
+def problems(found: Iterable[Json], now: float) -> list[str]:
+    """Each thing that is wrong with certificates and their loads, as status --json has them."""
+    lines = []
+    for one in found:
+        wrong = [f"failed: {one['failures']['problem']}"] if one["failures"]["problem"] else []
+        if not one["not_after"] or one["not_after"] <= (utc(now) or ""):
+            wrong.append(f"expired {one['not_after']}" if one["not_after"] else "not there")
+        wrong += [f"owed: {load['item']}" + (f": {load['problem']}" if load["problem"] else "")
+                  for load in one["loads"] if load["state"] == "owed"]
+        lines += [printable(f"{(one['names'] or [one['name']])[0]}: {text}") for text in wrong]
+    return lines
+
+
+def late(found: Iterable[Json], now: float) -> list[str]:
+    """The certificates in the last quarter of their life that should be renewed by now, or that nothing renews."""
+    lines = []
+    for one in found:
+        start, end = (epoch(one[key] or "1970-01-01T00:00:00Z") for key in ("not_before", "not_after"))
+        if end - (end - start) / 4 < now < end and (one["renew_at"] or "") <= (utc(now) or ""):
+            lines.append(printable(f"{(one['names'] or [one['name']])[0]}: not renewed, ends {one['not_after']}"))
+    return lines
+
+
+def metrics_text(about: Json) -> str:
+    """What status found, for Prometheus (text format 0.0.4)."""
+    rows: list[tuple[str, str, Callable[[Json], Any]]] = [
+        ("certificate_expiry_timestamp_seconds", "when the certificate ends",
+         lambda one: int(epoch(one["not_after"])) if one["not_after"] else 0),
+        ("certificate_failures", "how often it failed in a row since the last success",
+         lambda one: one["failures"]["count"] or int(bool(one["failures"]["problem"]))),
+        ("loads_owed", "load items not done yet for the certificate on disk",
+         lambda one: sum(load["state"] == "owed" for load in one["loads"]))]
+    lines = []
+    for name, text, value in rows:
+        lines += [f"# HELP wucme_{name} {text}", f"# TYPE wucme_{name} gauge"]
+        lines += [f'wucme_{name}{{name={json.dumps(printable(one["name"]), ensure_ascii=False)}}} {value(one)}'
+                  for one in about["certificates"]]
+    return "\n".join([*lines, "# HELP wucme_last_run_timestamp_seconds when wucme last ran",
+                      "# TYPE wucme_last_run_timestamp_seconds gauge",
+                      f"wucme_last_run_timestamp_seconds {int(epoch(about['last_run']))}", ""])
+
+
 # === 13. run: the one place that knows the order =================================================
 
 LOCK = "wucme.lock"
+ALARM_SECONDS = 23 * 3600.0     # a day, less what cron may be early
 
 
 class Request(NamedTuple):
@@ -3681,15 +4054,33 @@ def take_stock(settings: Settings) -> Inventory:
 
 
 def load_items(settings: Settings) -> dict[str, Item]:
-    """Every item of every load list, by its text; SettingsError for the first that can never work."""
+    """Every item of load and alert, by its text; SettingsError for the first that can never work."""
     items = {}
-    for text, section in settings.lists.items():
+    for text, section, key in [*((text, section, "load") for text, section in settings.lists.items()),
+                               *((text, "wucme", "alert") for text in settings.run.alert)]:
         try:
             items[text] = parse_item(text)
+            if key == "alert" and text[0] not in "@$":
+                raise ValueError("alert takes @ (a procedure) and $ (a shell command)")
         except ValueError as error:
-            where = settings.source.where(section, "load", text)
+            where = settings.source.where(section, key, text)
             raise SettingsError(f"{where}: {printable(text)}: {error}") from error
     return items
+
+
+def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inventory) -> None:
+    """Refuse (SettingsError) copies that would overwrite one another, or wucme's own files."""
+    taken: dict[str, str] = {}
+    for entry in inventory.entries.values():
+        for text in dict.fromkeys(text for text in entry.wanted.load if text[0] == ">"):
+            path = destination(items[text], entry)
+            where = settings.source.where(settings.lists[text], "load", text)
+            if os.path.dirname(path) == settings.run.directory:
+                raise SettingsError(f"{where}: {printable(text)}: {path} is in wucme's own directory")
+            if path in taken:
+                raise SettingsError(f"{where}: {printable(text)}: {path} would be written for {taken[path]} and for "
+                                    f"{entry.title}; put {{name}} into it, or the item into the section of one")
+            taken[path] = entry.title
 
 
 def choose(inventory: Inventory, names: Sequence[str]) -> list[Entry]:
@@ -4145,7 +4536,7 @@ def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> li
         for duty in todo:
             who = ", ".join(entry.title for entry in duty.entries)
             try:
-                problem = perform(duty, run.directory, run.host, world)
+                problem = perform(duty, run, world)
             except Exception as error:      # whatever it is, it must not stop the others
                 problem = sentence(error)
             log(f"{'load failed' if problem else 'load succeeded'}: {duty.item.text} ({who})"
@@ -4162,6 +4553,72 @@ def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> li
             log(problem, wrong=True)
             outcomes.append(Outcome(ledger.path, "owed", problem, True))
     return outcomes
+
+
+class Standing(NamedTuple):
+    """What status found."""
+    lines: list[str]
+    about: Json
+    status: int
+
+
+def load_json(entry: Entry, items: Mapping[str, Item], ledger: Ledger) -> list[Json]:
+    """The load list of one certificate, as status --json has it."""
+    found = []
+    for text in (text for text in entry.wanted.load if concerns(items[text], entry)):
+        done = ledger.records.get(entry.name, {}).get(text, Loaded())
+        found.append({"item": text, "state": "owed" if ledger.owes(entry, text) else "loaded",
+                      "since": utc(done.since) if done.problem else None, "problem": done.problem})
+    return found
+
+
+def standing(settings: Settings, world: World) -> Standing:
+    """What is there, what is due, what is owed; looks only."""
+    now, run, items = world.now(), settings.run, load_items(settings)
+    held = signature(os.path.join(run.directory, LOCK))
+    seen = int(held.split()[1]) / 1e9 if held else 0.0
+    ledger = Ledger(run.directory, run.host)
+    entries = take_stock(settings).entries
+    lines, found = [], []
+    for decision in (decide(entry, now) for entry in entries.values()):
+        found.append(certificate_json(decision, load_json(decision.entry, items, ledger)))
+        lines += certificate_text(decision, found[-1], now)
+    if entries and not any(entry.wanted.load for entry in entries.values()):
+        lines.append("the load list is empty: no server is told of a new certificate")
+    lines.append(f"{len(entries)} certs in {run.directory}; last run: {local_time(seen) if seen else 'never'}")
+    about = {"version": VERSION, "host": run.host, "last_run": utc(seen) if seen else None, "certificates": found}
+    return Standing(lines, about, 1 if problems(found, now) or now - seen > 2 * 86400 else 0)
+
+
+def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: World) -> list[Outcome]:
+    """Tell whom `alert` names, if that is news to them, and write `metrics`; what could not be told is owed."""
+    run, now, failed = settings.run, world.now(), {}
+    if not run.alert and not run.metrics:
+        return []
+    found = standing(settings, world)
+    overdue = late(found.about["certificates"], now)
+    wrong = (*problems(found.about["certificates"], now), *overdue)
+    subject = f"wucme on {run.host}: {f'{len(wrong)} problems' if wrong else 'all is well again'}"
+    text = "\n".join([subject, "", *wrong, *[""] * bool(wrong), *found.lines, ""])
+    told = {"WUCME_SUBJECT": subject, "WUCME_PROBLEMS": str(len(wrong)), "WUCME_HOST": run.host,
+            "WUCME_DIRECTORY": run.directory}
+    ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in run.alert}
+    for item in run.alert:
+        last = ledger.alarms.get(item, Alarm())
+        if wrong != last.problems or (overdue and now - last.at > ALARM_SECONDS):
+            failed[item] = run_item(items[item], {**child_environment(), **told}, settings.default.load_timeout, world,
+                                    title="alert", given=text)
+            if not failed[item]:
+                ledger.alarms[item] = Alarm(wrong, now)
+    try:
+        if run.metrics:
+            replace(run.metrics, metrics_text(found.about).encode(), 0o644)
+        ledger.save()
+    except OSError as error:
+        failed[run.metrics] = sentence(error)
+    for item, problem in failed.items():
+        log(f"alert {'failed' if problem else 'succeeded'}: {item}{f': {problem}' if problem else ''}", bool(problem))
+    return [Outcome(item, "owed", problem, True) for item, problem in failed.items() if problem]
 
 
 def examine(inventory: Inventory, request: Request, now: float) -> list[Decision]:
@@ -4232,6 +4689,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         now = world.now()
         log("certificate management")
         inventory = take_stock(settings)
+        check_copies(settings, items, inventory)
         told = ask_windows(examine(inventory, request, now), settings, clients, now)
         inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
@@ -4248,6 +4706,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         ledger.forget(entries)
         loads = pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
         loads += [Outcome("", "warned", warning, True) for warning in warnings]
+        loads += alarm(settings, items, ledger, world)
         report = Report(inventory.files, outcomes, loads)
         log(report.tally())
     return report
@@ -4258,9 +4717,11 @@ def rehearse(settings: Settings, request: Request, world: World) -> Report:
     items = load_items(settings)
     with locked(settings.run, world):
         inventory = take_stock(settings)
+        check_copies(settings, items, inventory)
         entries = {entry.name: entry for entry in choose(inventory, request.names)}
         ledger = open_ledger(settings.run)
         loads = pay(duties(entries.values(), items, lambda *_: True), settings.run, ledger, world)
+        loads += alarm(settings, items, ledger, world)
         if not loads:
             log("nothing was loaded: " + ("the load list is empty" if entries else "there is no certificate"))
         return Report(inventory.files, [Outcome(entry.title, "current") for entry in entries.values()], loads)
@@ -4270,6 +4731,7 @@ def foretell(settings: Settings, request: Request, world: World) -> list[str]:
     """What a run (or a load) would do, in words; nothing is changed."""
     items, run, now = load_items(settings), settings.run, world.now()
     inventory = take_stock(settings)
+    check_copies(settings, items, inventory)
     decisions = examine(inventory, request, now)
     lines = []
     for one in decisions if request.verb != "load" else ():
@@ -4285,45 +4747,9 @@ def foretell(settings: Settings, request: Request, world: World) -> list[str]:
         renewed = {one.entry.name for one in decisions if one.due}
         todo = duties((one.entry for one in decisions), items, lambda entry, text: entry.name in renewed or
                       ledger.owes(entry, text))
-    lines += [f"would load {one.item.text} for {', '.join(entry.title for entry in one.entries)}" for one in todo]
+    lines += [f"would {KINDS[one.item.text[0]].words} {one.item.text} for "
+              f"{', '.join(entry.title for entry in one.entries)}" for one in todo]
     return [printable(line) for line in lines] or ["nothing to do"]
-
-
-class Standing(NamedTuple):
-    """What status found."""
-    lines: list[str]
-    about: Json
-    status: int
-
-
-def load_json(entry: Entry, ledger: Ledger) -> list[Json]:
-    """The load list of one certificate, as status --json has it."""
-    found = []
-    for text in entry.wanted.load:
-        done = ledger.records.get(entry.name, {}).get(text, Loaded())
-        found.append({"item": text, "state": "owed" if ledger.owes(entry, text) else "loaded",
-                      "since": utc(done.since) if done.problem else None, "problem": done.problem})
-    return found
-
-
-def standing(settings: Settings, world: World) -> Standing:
-    """What is there, what is due, what is owed; looks only."""
-    now, run = world.now(), settings.run
-    held = signature(os.path.join(run.directory, LOCK))
-    seen = int(held.split()[1]) / 1e9 if held else 0.0
-    ledger = Ledger(run.directory, run.host)
-    entries = take_stock(settings).entries
-    lines, found = [], []
-    for decision in (decide(entry, now) for entry in entries.values()):
-        found.append(certificate_json(decision, load_json(decision.entry, ledger)))
-        lines += certificate_text(decision, found[-1], now)
-    if entries and not any(entry.wanted.load for entry in entries.values()):
-        lines.append("the load list is empty: no server is told of a new certificate")
-    lines.append(f"{len(entries)} certs in {run.directory}; last run: {local_time(seen) if seen else 'never'}")
-    bad = any(one["failures"]["problem"] or not one["not_after"] or one["not_after"] <= (utc(now) or "")
-              or any(load["state"] == "owed" for load in one["loads"]) for one in found)
-    about = {"version": VERSION, "host": run.host, "last_run": utc(seen) if seen else None, "certificates": found}
-    return Standing(lines, about, 1 if bad or now - seen > 2 * 86400 else 0)
 
 
 def issue(settings: Settings, request: Request, world: World) -> Report:
@@ -4509,7 +4935,7 @@ def staging(settings: Settings) -> Settings:
         return scope._replace(server=("letsencrypt-staging",), load=())
 
     return settings._replace(
-        run=settings.run._replace(directory=os.path.join(settings.run.directory, "staging")),
+        run=settings.run._replace(directory=os.path.join(settings.run.directory, "staging"), alert=(), metrics=""),
         default=tame(settings.default), lists={},
         sections={label: one._replace(values=tame(one.values)) for label, one in settings.sections.items()})
 

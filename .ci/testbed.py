@@ -23,6 +23,7 @@ import socketserver
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -742,8 +743,18 @@ class TlsServer(Server):
         self.pid = self._run("tlsserver", command, lambda: connects(self.port)).pid
 
 
+@contextlib.contextmanager
+def reachable() -> Iterator[Path]:
+    """Makes a temporary directory that every user may pass through, as those of pytest are not."""
+    with tempfile.TemporaryDirectory(prefix="wucme-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 class WebServer(Server):
-    """A web server of Debian's with TLS sites on one port, told apart by name, and its own configuration."""
+    """A server of Debian's with TLS sites on one port, told apart by name, and its own configuration."""
+
+    protocol = ""       # what STARTTLS is spoken in
 
     def __init__(self, directory: Path, sites: Sequence[Site], *, extra: str = "") -> None:
         super().__init__(directory)
@@ -765,7 +776,12 @@ class WebServer(Server):
         """Starts the master process, which starts its workers."""
         command = self._command()
         self.config.write_text(self._configuration())
-        self.pid = self._run(Path(command[0]).name, command, lambda: connects(self.port)).pid
+        name = Path(command[0]).name
+        self.pid = self._run(name, command, lambda: connects(self.port), self._environment()).pid
+
+    def _environment(self) -> dict[str, str]:
+        """Returns the environment of the server."""
+        return dict(os.environ)
 
 
 class Nginx(WebServer):
@@ -823,6 +839,162 @@ class Apache(WebServer):
             "StartServers 1\nServerLimit 2\nThreadsPerChild 8\nMinSpareThreads 1\nMaxSpareThreads 16",
             "MaxRequestWorkers 16\nSSLSessionCache none",
             *servers,
+            self.extra + "\n",
+        ])
+
+
+class Haproxy(WebServer):
+    """haproxy with a master process; a site's certificate file must hold the key too."""
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        return [program("haproxy"), "-W", "-db", "-f", str(self.config)]
+
+    def _configuration(self) -> str:
+        """Writes haproxy's configuration."""
+        files = " ".join(f"crt {site.certificate}" for site in self.sites)
+        return "\n".join([
+            "defaults\n  mode http\n  timeout connect 5s\n  timeout client 5s\n  timeout server 5s",
+            f"frontend tls\n  bind 127.0.0.1:{self.port} ssl {files}",
+            "  http-request return status 200\n" + self.extra,
+        ])
+
+
+class Caddy(WebServer):
+    """caddy, as Debian has it."""
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        return [program("caddy"), "run", "--config", str(self.config), "--adapter", "caddyfile"]
+
+    def _environment(self) -> dict[str, str]:
+        """Returns an environment whose home is ours."""
+        return {**os.environ, "HOME": str(self.directory), "XDG_DATA_HOME": str(self.directory / "data")}
+
+    def _configuration(self) -> str:
+        """Writes a Caddyfile that obtains no certificates."""
+        sites = [
+            f"https://{site.name}:{self.port} {{\n bind 127.0.0.1\n tls {site.certificate} {site.key}\n}}"
+            for site in self.sites
+        ]
+        options = f"{{\n admin 127.0.0.1:{free_ports(1)[0]}\n auto_https off\n}}"
+        return "\n".join([options, *sites, self.extra + "\n"])
+
+
+class Lighttpd(WebServer):
+    """lighttpd with its OpenSSL module; as root it becomes the user `user` once it listens."""
+
+    user = ""
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        if not Path("/usr/lib/lighttpd/mod_openssl.so").exists():
+            raise Missing("lighttpd-mod-openssl is not installed here")
+        return [program("lighttpd"), "-D", "-f", str(self.config)]
+
+    def _configuration(self) -> str:
+        """Writes lighttpd's configuration, for one site."""
+        site = self.sites[0]
+        return "\n".join([
+            'server.modules = ("mod_openssl")',
+            f'server.document-root = "{self.directory}"\nserver.bind = "127.0.0.1"\nserver.port = {self.port}',
+            f'server.errorlog = "{self.directory}/error.log"',
+            f'server.username = "{self.user}"' if self.user else "",
+            f'ssl.engine = "enable"\nssl.pemfile = "{site.certificate}"\nssl.privkey = "{site.key}"',
+            self.extra + "\n",
+        ])
+
+
+class Postfix(WebServer):
+    """postfix, for one site: SMTP with STARTTLS, and nothing is delivered. Needs root."""
+
+    protocol = "smtp"
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        if os.geteuid() != 0:
+            raise Missing("postfix can be started by root only")
+        program("postfix")
+        # With -d it stays in the process group that ends with us.
+        return [str(self._postconf("daemon_directory") / "master"), "-d"]
+
+    def _postconf(self, name: str) -> Path:
+        """Asks for a default of Debian's."""
+        asked = [program("postconf"), "-dh", name]
+        return Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
+
+    def _environment(self) -> dict[str, str]:
+        """Names the configuration, as postfix does for its own."""
+        return {**os.environ, "MAIL_CONFIG": str(self.directory)}
+
+    def _start(self) -> None:
+        """Makes what postfix needs beside its main.cf, then starts it."""
+        self.config = self.directory / "main.cf"
+        self.place = self._running.enter_context(reachable())
+        # postfix would make these itself, in some seconds.
+        modes = {"incoming": 0o700, "active": 0o700, "deferred": 0o700, "defer": 0o700, "bounce": 0o700, "hold": 0o700}
+        modes |= {"corrupt": 0o700, "flush": 0o700, "saved": 0o700, "trace": 0o700, "private": 0o700, "pid": 0o755}
+        modes |= {"public": 0o2710, "maildrop": 0o1730}
+        for path in (self.place / "data", *(self.place / "queue" / name for name in modes)):
+            path.mkdir(parents=True)
+            shutil.chown(path, "root" if path.name == "pid" else "postfix")
+            path.chmod(modes.get(path.name, 0o700))
+        for name in ("public", "maildrop"):
+            shutil.chown(self.place / "queue" / name, group="postdrop")
+        services = [
+            f"127.0.0.1:{self.port} inet n - n - - smtpd",
+            "postlog unix-dgram n - n - 1 postlogd",
+            "tlsmgr unix - - n 1000? 1 tlsmgr",
+            "rewrite unix - - n - - trivial-rewrite",
+            "cleanup unix n - n - 0 cleanup",
+            "qmgr unix n - n 300 1 qmgr",
+            "anvil unix - - n - 1 anvil",
+            "proxymap unix - - n - - proxymap",
+        ]
+        (self.directory / "master.cf").write_text("\n".join(services) + "\n")
+        super()._start()
+
+    def _configuration(self) -> str:
+        """Writes main.cf."""
+        site = self.sites[0]
+        return "\n".join([
+            "compatibility_level = 3.6",
+            f"queue_directory = {self.place}/queue\ndata_directory = {self.place}/data",
+            f"maillog_file = {self.directory}/mail.log\nmaillog_file_prefixes = {self.directory}",
+            "inet_interfaces = 127.0.0.1\nmydestination =\nalias_maps =\nalias_database =",
+            f"myhostname = {site.name}\nsmtpd_tls_security_level = may",
+            f"smtpd_tls_cert_file = {site.certificate}\nsmtpd_tls_key_file = {site.key}",
+            self.extra + "\n",
+        ])
+
+
+class Dovecot(WebServer):
+    """dovecot, for one site: IMAP and POP3 with STARTTLS. Needs root."""
+
+    protocol = "imap"
+
+    def _command(self) -> list[str]:
+        """Names the program and its arguments."""
+        if os.geteuid() != 0:
+            raise Missing("dovecot can be started by root only")
+        self.pop3_port = free_ports(1)[0]
+        return [program("dovecot"), "-F", "-c", str(self.config)]
+
+    def _configuration(self) -> str:
+        """Writes dovecot's configuration."""
+        site, place = self.sites[0], self.directory
+        ports = {"imap": self.port, "imaps": 0, "pop3": self.pop3_port, "pop3s": 0}
+        listeners = {
+            name: f"inet_listener {name} {{\n port = {port}\n}}\n" for name, port in ports.items()
+        }
+        return "\n".join([
+            f"base_dir = {place}/run\nstate_dir = {place}/state\nlog_path = {place}/error.log",
+            "protocols = imap pop3\nlisten = 127.0.0.1\nssl = yes",
+            f"ssl_cert = <{site.certificate}\nssl_key = <{site.key}",
+            "passdb {\n driver = static\n args = password=x\n}",
+            "userdb {\n driver = static\n args = uid=65534 gid=65534\n}",
+            f"service imap-login {{\n chroot =\n{listeners['imap']}{listeners['imaps']}}}",
+            f"service pop3-login {{\n chroot =\n{listeners['pop3']}{listeners['pop3s']}}}",
             self.extra + "\n",
         ])
 
