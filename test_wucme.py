@@ -75,6 +75,7 @@ def alive(pid: int) -> bool:
 DAY = 86400.0
 NOW = 1770942000.0              # 2026-02-13 00:20:00 UTC
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
+LOOPBACKS = ["127.0.0.1", *(["::1"] if wucme.proc_text("net", "if_inet6") else [])]
 bounded = settings(max_examples=60, deadline=None, derandomize=True, database=None,
                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 scalars = st.sampled_from([None, True, 0, -1, 10 ** 30, 0.0, float("inf"), float("nan"), "", "x", "\udc80"])
@@ -438,9 +439,9 @@ class TestProcesses:
 class Loopback:
     """A server on loopback: each connection is handed to `talk`, in a thread of its own."""
 
-    def __init__(self, talk: Callable[[socket.socket], None]) -> None:
+    def __init__(self, talk: Callable[[socket.socket], None], host: str = "127.0.0.1") -> None:
         self.talk, self.connections = talk, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.port = self.listener.getsockname()[1]
         self.threads = [threading.Thread(target=self.accept)]
 
@@ -686,14 +687,9 @@ class TestServed:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(Path(site.ca_file).with_name("site.pem"))
         context.sni_callback = lambda _, name, __: asked.append(name)
-        with Loopback(Site(context, "").talk(plainly)) as server:
-            server.listener.close()
-            server.listener = socket.create_server(("::1", server.port), family=socket.AF_INET6)
-            again = threading.Thread(target=server.accept)
-            again.start()
-            server.threads.append(again)
+        with Loopback(Site(context, "").talk(plainly), LOOPBACKS[-1]) as server:
             for name in ("b.example", "127.0.0.1", ""):
-                wucme.served("::1", server.port, name, "", 5)
+                wucme.served(LOOPBACKS[-1], server.port, name, "", 5)
         assert asked == ["b.example", None, None]
         assert "127.0.0.1" in wucme.resolve("localhost")
 
@@ -2191,7 +2187,6 @@ class Fronts(NamedTuple):
         return b""
 
 
-LOOPBACKS = ["127.0.0.1", *(["::1"] if wucme.proc_text("net", "if_inet6") else [])]
 
 
 @pytest.fixture
