@@ -13,6 +13,7 @@ import email.utils
 import gc
 import hashlib
 import http.client
+import imaplib
 import ipaddress
 import itertools
 import json
@@ -22,6 +23,7 @@ import re
 import select
 import shlex
 import signal
+import smtplib
 import socket
 import ssl
 import stat
@@ -2559,7 +2561,7 @@ class TestItems:
 
     @pytest.mark.parametrize(("problem", "output", "text"), [
         ("", ["said"], ""), ("exit status 1", [], "exit status 1"), ("exit 1", ["a", "b", " "], "exit 1: b"),
-        ("x", ["y" * 999], "x: " + "y" * 497),
+        ("x", ["y" * 999], "x: " + "y" * 497), ("x", ["2026-02-13 00:20:00: (a.c) no"], "x: (a.c) no"),
     ])
     def test_a_problem_comes_with_the_last_that_was_said(self, problem: str, output: list[str], text: str) -> None:
         assert wucme.with_last_line(wucme.Finished(problem, output)) == text
@@ -2654,7 +2656,7 @@ class TestProve:
 
     @pytest.mark.parametrize(("shown", "problem"), [
         (INTERMEDIATE.issue(KEY, "old.example", span=(-9 * DAY, DAY)),
-         r"^a asked for a shows another certificate, for old.example, serial [0-9a-f]+, that expires Feb 14 00:20:00 2"),
+         "^a asked for a shows another certificate, for old.example, serial [0-9a-f]+, that expires Feb 14 00:20:00 2"),
         (INTERMEDIATE.issue(KEY, "old.example", span=(-9 * DAY, -DAY)), r"that expired Feb 12 00:20:00 2026 GMT"),
         (INTERMEDIATE.issue(KEY), "for no name"), (b"", "holds no certificate"),
         (None, "a asked for a shows no certificate: Connection refused"),
@@ -4071,46 +4073,311 @@ class TestLoad:
         assert (tmp_path / "count").read_text() == "x\nx\nx\n"
         assert tame.run("load", "b.example.test").status == 2
 
+    def test_what_is_missing_on_the_host_is_owed(self, tame: Host, tmp_path: Path) -> None:
+        tame.write(f"> {tmp_path}/none/x.pem", f"> {tmp_path}/x.pem owner=no-such-user",
+                   f"> {tmp_path}/x.p12 what=p12 password_file={tmp_path}/password", "@/nonexistent/procedure")
+        done = tame.run()
+        assert done.status == 1
+        assert f"{tmp_path}/none: no such directory; make it" in done.err
+        assert "owner=no-such-user: no such user or group on this host" in done.err
+        assert f"{tmp_path}/password: No such file or directory; it is owed" in done.err
+        assert done.lines[-1].endswith("4 owed")
+        assert tame.run() == Done(1, "", "")
+        assert not list(tmp_path.glob("*.pem"))
+
+    def test_copies(self, tame: Host, tmp_path: Path) -> None:
+        (tmp_path / "password").write_text("secret\n")
+        whats = {"chain": 0o644, "cert": 0o644, "issuers": 0o644, "key": 0o600, "pair": 0o600, "p12": 0o600}
+        chain, key = tame.pair()
+        leaf, issuer = wucme.certificates(chain)
+        tame.write(*(f"> {tmp_path}/{{name}}.{what} what={what}"
+                     + (f" password_file={tmp_path}/password" if what == "p12" else "") for what in whats),
+                   f"> {tmp_path}/shared what=key mode=0640 owner={'daemon:' if os.geteuid() == 0 else ':'}"
+                   f"{'daemon' if os.geteuid() == 0 else os.getegid()}")
+        done = tame.run()
+        assert done.status == 0, done.err
+        made = {what: tmp_path / f"a.example.test.{what}" for what in whats}
+        assert {what: mode(path) for what, path in made.items()} == whats
+        held = {what: path.read_bytes() for what, path in made.items()}
+        expected = {"chain": chain, "cert": leaf, "issuers": issuer, "key": key, "pair": key + chain}
+        assert {what: held[what] for what in expected} == expected
+        assert wucme.p12_holds(held["p12"], expected["pair"], b"secret")
+        assert not wucme.p12_holds(held["p12"], expected["pair"], b"other")
+        assert not wucme.p12_holds(held["p12"], key + leaf, b"secret")
+        shared = tmp_path / "shared"
+        assert (mode(shared), shared.owner() == "daemon") == (0o640, os.geteuid() == 0)
+        inodes = {path: path.stat().st_ino for path in [shared, *made.values()]}
+        shared.chmod(0o600)
+        assert tame.run("load").status == 0
+        assert [path for path, inode in inodes.items() if path.stat().st_ino != inode] == [shared]
+        assert mode(shared) == 0o640
+        assert not list(tmp_path.glob(".*"))
+
+    def test_copies_of_a_combined_file_hold_no_key(self, tame: Host, tmp_path: Path) -> None:
+        chain, key = tame.pair()
+        tame.chain().write_bytes(key + chain)
+        tame.key().unlink()
+        tame.key().symlink_to(tame.chain().name)
+        tame.write(f"> {tmp_path}/chain", f"> {tmp_path}/pair what=pair")
+        assert tame.run().status == 0
+        assert (tmp_path / "chain").read_bytes() == chain
+        assert (tmp_path / "pair").read_bytes() == key + chain
+
+    @pytest.mark.parametrize("item", ["> {place}/x.pem", "> {place}/./x.pem what=key"])
+    def test_two_copies_in_one_place_are_refused(self, tame: Host, tmp_path: Path, item: str) -> None:
+        tame.old_pair("b.example.test", days=80)
+        tame.write("$ true", item.format(place=tmp_path))
+        for arguments in ((), ("load",), ("--dry-run",)):
+            done = tame.run(*arguments)
+            assert done.status == 2
+            assert re.search(r"wucme.ini:\d+: > .*/x.pem would be written for a.example.test and for b", done.err)
+        tame.write(f"> {tame.directory}/x.pem")
+        assert "is in wucme's own directory" in tame.run().err
+
+    def test_proof_that_fails_has_the_server_reloaded_again(self, tame: Host, tmp_path: Path) -> None:
+        old = tame.old_pair("a.example.test", days=70)
+        systemctl = tmp_path / "bin/systemctl"
+        systemctl.parent.mkdir()
+        systemctl.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+        systemctl.chmod(0o755)
+        path = f"{systemctl.parent}:{os.environ['PATH']}"
+        with testbed.TlsServer(tmp_path / "web", testbed.Site("x", tame.chain(), tame.key())) as server:
+            tame.old_pair("a.example.test", days=80)
+            tame.write("+systemd web", f"? 127.0.0.1:{server.port}", grace="0s")
+            done = tame.run(PATH=path)
+            assert done.status == 1
+            assert "load succeeded: +systemd web" in done.err
+            assert (f"127.0.0.1 asked for a.example.test shows another certificate, for a.example.test, serial "
+                    f"{wucme.facts(old[0]).serial}, that expires {wucme.gmt(wucme.facts(old[0]).not_after)}; it is owed"
+                    ) in done.err
+            assert len([load for load in json.loads(tame.run("status", "--json").out)["certificates"][0]["loads"]
+                        if load["state"] == "owed"]) == 2
+            systemctl.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\nkill -HUP {server.pid}\n")
+            tame.write("+systemd web", f"? 127.0.0.1:{server.port}")
+            assert tame.run(PATH=path).status == 0
+            assert (tmp_path / "asked").read_text() == "try-reload-or-restart web\n" * 2
+            assert tame.run(PATH=path) == Done(0, "", "")
+
+    def test_systemctl_that_fails_is_owed(self, tame: Host) -> None:
+        tame.write("+systemd no-such-unit")
+        done = tame.run()
+        assert (done.status, "load failed: +systemd no-such-unit" in done.err) == (1, True)
+
     @pytest.mark.servers
-    @pytest.mark.parametrize("kind", [testbed.Nginx, testbed.Apache])
-    def test_web_server_serves_the_new_certificate(
-            self, kind: type[testbed.WebServer], fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
-        before = lab.old_pair("a.example.test")
-        site = testbed.Site("a.example.test", lab.chain(), lab.key())
-        name = kind.__name__.lower()
-        lab.write(f"+{name}")
+    @pytest.mark.pebble
+    @pytest.mark.parametrize("kind", [testbed.Nginx, testbed.Apache, testbed.Haproxy, testbed.Caddy, testbed.Lighttpd,
+                                      testbed.Postfix, testbed.Dovecot])
+    def test_server_serves_the_new_certificate(self, kind: type[testbed.WebServer], host: Host,
+                                               pebble: testbed.Pebble, tmp_path: Path) -> None:
+        before, pair, name = host.old_pair("a.example.test"), tmp_path / "pair.pem", kind.__name__.lower()
+        pair.write_bytes(before[1] + before[0])
+        site = testbed.Site("a.example.test", pair if name == "haproxy" else host.chain(), host.key())
 
         def shown() -> str:
-            return hashlib.sha256(shown_by(server.port)).hexdigest()
+            return hashlib.sha256(shown_by(server.port, server.protocol)).hexdigest()
+
+        def on_disk() -> str:
+            return wucme.facts(host.pair()[0]).fingerprint
 
         with kind(tmp_path / "server", [site]) as server:
+            host.write(f"> {pair} what=pair", f"+{name}", f"? 127.0.0.1:{server.port}"
+                       + (f" starttls={server.protocol}" if server.protocol else ""))
             assert shown() == wucme.facts(before[0]).fingerprint
-            done = lab.run()
-            assert done.status == 0, done.err
-            assert f"load succeeded: +{name} (a.example.test)" in done.err
-            assert lab.pair() != before
-            wait_until(lambda: shown() == wucme.facts(lab.pair()[0]).fingerprint)
+            seamless = name in ("nginx", "apache", "haproxy")
+            with visitors(shown) if seamless else contextlib.nullcontext([]) as visits:
+                done = host.run()
+                assert done.status == 0, done.err
+                wait_until(lambda: shown() == on_disk())
+            assert on_disk() != wucme.facts(before[0]).fingerprint
+            assert set(visits) <= {on_disk(), wucme.facts(before[0]).fingerprint}, "nobody was turned away"
+            assert len(set(visits)) == (2 if seamless else 0)
             good = server.config.read_text()
-            server.config.write_text(good + "\nnonsense on;\n")
-            done = lab.run("renew", "--force")
+            server.config.write_text(f"{good}\n{server.broken}\n")
+            host.settings["grace"] = "0s"
+            host.write(f"> {pair} what=pair", f"+{name}")
+            done = host.run("renew", "--force")
             assert done.status == 1
-            assert "was not reloaded, its configuration test failed" in done.err
-            assert "nonsense" in done.err
-            assert shown() != wucme.facts(lab.pair()[0]).fingerprint
+            assert re.search(r"load failed: \+.*it is owed", done.err)
+            assert "nonsense" in done.err, done.err
             server.config.write_text(good)
-            count = orders(fake)
-            assert lab.run().status == 0
-            wait_until(lambda: shown() == wucme.facts(lab.pair()[0]).fingerprint)
-            assert orders(fake) == count, "paying what is owed takes no order"
+            assert shown() != on_disk()
+            count = pebble.log().count("order-plz")
+            assert host.run().status == 0
+            wait_until(lambda: shown() == on_disk())
+            assert pebble.log().count("order-plz") == count, "paying what is owed takes no order"
+            assert host.run() == Done(0, "", "")
+
+    @pytest.mark.servers
+    def test_haproxy_without_a_master_is_not_killed(self, tame: Host, tmp_path: Path) -> None:
+        pair = tmp_path / "pair.pem"
+        tame.write(f"> {pair} what=pair")
+        tame.run()
+
+        class Alone(testbed.Haproxy):
+            def _command(self) -> list[str]:
+                return [word for word in super()._command() if word != "-W"]
+
+        with Alone(tmp_path / "server", [testbed.Site("a.example.test", pair, pair)]) as server:
+            tame.write("+haproxy")
+            assert "it takes no SIGUSR2; start it with -W" in tame.run().err
+            assert shown_by(server.port)
+
+    @pytest.mark.servers
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start it as another user")
+    def test_lighttpd_that_could_not_read_the_key_is_not_reloaded(self, tame: Host, tmp_path: Path) -> None:
+        class Lighttpd(testbed.Lighttpd):
+            user = "www-data"
+
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(testbed.reachable())
+            for path in (tame.chain(), tame.key()):
+                (place / path.name).write_bytes(path.read_bytes())
+                (place / path.name).chmod(mode(path))
+            site = testbed.Site("a.example.test", *(place / path.name for path in (tame.chain(), tame.key())))
+            server = stack.enter_context(Lighttpd(place / "server", [site]))
+            tame.write("+lighttpd")
+            done = tame.run()
+            assert "was not reloaded, its configuration test failed" in done.err
+            assert "Permission denied" in done.err
+            assert done.status == 1
+            assert shown_by(server.port)
 
 
-def shown_by(port: int) -> bytes:
-    """The certificate (DER) that a TLS server shows."""
+@contextlib.contextmanager
+def visitors(visit: Callable[[], str]) -> Iterator[list[str]]:
+    """Visits without a pause meanwhile, and what each came to: a certificate or an error."""
+    found: list[str] = []
+    over = threading.Event()
+
+    def visits() -> None:
+        while not over.is_set():
+            try:
+                found.append(visit())
+            except OSError as error:
+                found.append(repr(error))
+
+    thread = threading.Thread(target=visits)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def shown_by(port: int, protocol: str = "") -> bytes:
+    """The certificate (DER) that a server shows, after STARTTLS where it is a mail server."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if protocol == "smtp":
+        with smtplib.SMTP("127.0.0.1", port, timeout=5) as smtp:
+            smtp.starttls(context=context)
+            assert isinstance(smtp.sock, ssl.SSLSocket)
+            return smtp.sock.getpeercert(True) or b""
+    if protocol == "imap":
+        with imaplib.IMAP4("127.0.0.1", port, timeout=5) as imap:
+            imap.starttls(context)
+            assert isinstance(imap.sock, ssl.SSLSocket)
+            return imap.sock.getpeercert(True) or b""
     with socket.create_connection(("127.0.0.1", port), 5) as plain, \
             context.wrap_socket(plain, server_hostname="a.example.test") as secure:
         return secure.getpeercert(True) or b""
+
+
+@pytest.mark.process
+class TestAlerts:
+    """Who is told when something is wrong, and the numbers for a monitor."""
+
+    @pytest.fixture
+    def tame(self, tmp_path: Path) -> Host:
+        """A host with a certificate that is not due, and an alert that writes what it is told."""
+        host = Host(tmp_path)
+        host.settings.update(server="letsencrypt", alert=(
+            '$ (echo "$WUCME_SUBJECT|$WUCME_PROBLEMS|$WUCME_HOST|$WUCME_DIRECTORY"; cat; echo ---)'
+            f" >> {tmp_path}/mail"))
+        host.old_pair("a.example.test", days=80)
+        host.write()
+        return host
+
+    def told(self, host: Host) -> list[list[str]]:
+        """The alerts so far, by line."""
+        mail = host.home / "mail"
+        return [text.splitlines() for text in mail.read_text().split("---\n")[:-1]] if mail.exists() else []
+
+    def test_alert_comes_when_the_problems_change(self, tame: Host, tmp_path: Path) -> None:
+        assert tame.run() == Done(0, "", "")
+        assert self.told(tame) == []
+        tame.write(f"$ cat {tmp_path}/switch")
+        assert tame.run().status == 1
+        assert tame.run("load").status == 1
+        assert tame.run().status == 1
+        [first] = self.told(tame)
+        assert first[:3] == [f"wucme on alpha: 1 problems|1|alpha|{tame.directory}", "wucme on alpha: 1 problems", ""]
+        assert first[3].startswith(f"a.example.test: owed: $ cat {tmp_path}/switch: exit status 1: cat: ")
+        assert first[-1].startswith(f"1 certs in {tame.directory}; last run: ")
+        (tmp_path / "switch").write_text("")
+        assert tame.run().status == 0
+        assert [one[1] for one in self.told(tame)[1:]] == ["wucme on alpha: all is well again"]
+        assert tame.run() == Done(0, "", "")
+        assert len(self.told(tame)) == 2
+
+    def test_alert_for_a_late_certificate_comes_daily(self, tame: Host) -> None:
+        tame.old_pair("a.example.test", days=5)
+        tame.write(renew="never")
+        for _ in range(2):
+            assert tame.run().status == 0
+        [only] = self.told(tame)
+        assert "a.example.test: not renewed, ends 20" in only[3]
+        path = tame.directory / "wucme_l_alpha.json"
+        state = json.loads(path.read_text())
+        for about in state["alarms"].values():
+            about[1] -= 86400
+        path.write_text(json.dumps(state))
+        tame.run()
+        assert len(self.told(tame)) == 2
+
+    def test_alert_that_fails_is_tried_again_and_the_other_is_not_repeated(self, tame: Host, tmp_path: Path) -> None:
+        tame.settings["alert"] += f"\n    $ cat {tmp_path}/switch"
+        tame.write("$ false")
+        for _ in range(2):
+            done = tame.run()
+            assert done.status == 1
+            assert f"alert failed: $ cat {tmp_path}/switch: exit status 1" in done.err
+        assert len(self.told(tame)) == 1
+        (tmp_path / "switch").write_text("")
+        assert "alert succeeded" in tame.run("--verbose").err
+
+    def test_alert_is_an_item_that_is_checked(self, tame: Host) -> None:
+        tame.settings["alert"] = "+nginx"
+        tame.write()
+        done = tame.run()
+        assert (done.status, "alert takes @ (a procedure) and $" in done.err) == (2, True)
+        assert re.search(r"wucme.ini:\d+: \+nginx", done.err)
+
+    def test_dry_run_and_staging_alarm_nobody(self, tame: Host) -> None:
+        tame.settings["metrics"] = str(tame.home / "wucme.prom")
+        tame.write("$ false")
+        tame.run("--dry-run")
+        tame.run("--staging")
+        assert self.told(tame) == []
+        assert not (tame.home / "wucme.prom").exists()
+
+    def test_metrics_are_written_by_each_run(self, tame: Host, tmp_path: Path) -> None:
+        path = tmp_path / "wucme.prom"
+        tame.settings.update(metrics=str(path), alert="")
+        tame.write("$ false")
+        assert tame.run().status == 1
+        assert mode(path) == 0o644
+        end = int(wucme.facts(tame.pair()[0]).not_after)
+        assert f'wucme_certificate_expiry_timestamp_seconds{{name="a.example.test"}} {end}\n' in path.read_text()
+        assert 'wucme_loads_owed{name="a.example.test"} 1\n' in path.read_text()
+        tame.write()
+        assert tame.run() == Done(0, "", "")
+        assert 'wucme_loads_owed{name="a.example.test"} 0\n' in path.read_text()
+        tame.settings["metrics"] = str(tmp_path / "none/wucme.prom")
+        tame.write()
+        done = tame.run()
+        assert (done.status, "none/wucme.prom" in done.err) == (1, True)
 
 
 @pytest.mark.process

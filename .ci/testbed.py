@@ -435,7 +435,8 @@ def reachable() -> Iterator[Path]:
 class WebServer(Server):
     """A server of Debian's with TLS sites on one port, told apart by name, and its own configuration."""
 
-    protocol = ""       # what STARTTLS is spoken in
+    protocol = ""               # what STARTTLS is spoken in
+    broken = "nonsense on;"     # what spoils its configuration
 
     def __init__(self, directory: Path, sites: Sequence[Site], *, extra: str = "") -> None:
         super().__init__(directory)
@@ -544,6 +545,8 @@ class Haproxy(WebServer):
 class Caddy(WebServer):
     """caddy, as Debian has it."""
 
+    broken = "nonsense.example {\n nonsense\n}"
+
     def _command(self) -> list[str]:
         """Names the program and its arguments."""
         return [program("caddy"), "run", "--config", str(self.config), "--adapter", "caddyfile"]
@@ -566,6 +569,7 @@ class Lighttpd(WebServer):
     """lighttpd with its OpenSSL module; as root it becomes the user `user` once it listens."""
 
     user = ""
+    broken = 'include "/nonsense"'
 
     def _command(self) -> list[str]:
         """Names the program and its arguments."""
@@ -579,7 +583,6 @@ class Lighttpd(WebServer):
         return "\n".join([
             'server.modules = ("mod_openssl")',
             f'server.document-root = "{self.directory}"\nserver.bind = "127.0.0.1"\nserver.port = {self.port}',
-            f'server.errorlog = "{self.directory}/error.log"',
             f'server.username = "{self.user}"' if self.user else "",
             f'ssl.engine = "enable"\nssl.pemfile = "{site.certificate}"\nssl.privkey = "{site.key}"',
             self.extra + "\n",
@@ -653,6 +656,7 @@ class Dovecot(WebServer):
     """dovecot, for one site: IMAP and POP3 with STARTTLS. Needs root."""
 
     protocol = "imap"
+    broken = "nonsense = on"
 
     def _command(self) -> list[str]:
         """Names the program and its arguments."""
