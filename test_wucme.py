@@ -1,7 +1,7 @@
 """Tests of wucme.py: its sections one by one, then whole runs. `make test`, or a part: `make test ARGS="-k load"`.
 
 The first part needs nothing but Python, cryptography, pytest and hypothesis. What is marked `process` runs the script
-many times, `pebble` needs that test CA, `servers` needs nginx and apache2 from Debian; `.ci/setup` gets pebble,
+many times, `pebble` needs that test CA, `servers` needs servers from Debian; `.ci/setup` gets pebble,
 `.ci/run` all of it.
 """
 from __future__ import annotations
@@ -2852,7 +2852,7 @@ class TestReport:
             (3, entry(known(90 * DAY, DAY), memory=wucme.Memory(problem="refused"))),
             (0, entry(known(90 * DAY, 91 * DAY), names=("a.example",))), (0, entry(None, names=("b.example",))),
             (0, entry(known(90 * DAY, DAY))))]
-        assert wucme.problems(found, NOW) == [
+        assert wucme.troubles(found, NOW) == [
             "www.example.org: failed: refused", "www.example.org: owed: $ a: no\\nway", "www.example.org: owed: $ b",
             "www.example.org: expired 2026-02-12T00:20:00Z", "b.example: not there"]
 
@@ -2862,8 +2862,8 @@ class TestReport:
     ])
     def test_late_is_due_or_left_alone_in_the_last_quarter(self, age: float, renew: str, is_late: bool) -> None:
         found = wucme.certificate_json(wucme.decide(entry(known(90 * DAY, age * DAY), renew), NOW), [])
-        assert bool(wucme.late([found], NOW)) is is_late
-        assert wucme.late([wucme.certificate_json(wucme.decide(entry(None), NOW), [])], NOW) == []
+        assert bool(wucme.overdue([found], NOW)) is is_late
+        assert wucme.overdue([wucme.certificate_json(wucme.decide(entry(None), NOW), [])], NOW) == []
 
     def test_metrics(self) -> None:
         loads = [{"item": "$ a", "state": "owed", "since": None, "problem": ""}]
@@ -4243,6 +4243,117 @@ class TestLoad:
             assert shown_by(server.port)
 
 
+def readme(*words: str) -> str:
+    """The one block of code in the README that has all of these words."""
+    blocks = re.findall(r"(?m)(?:^    .*\n)+", (SCRIPT.parent / "README.md").read_text("utf-8"))
+    [found] = [textwrap.dedent(block) for block in blocks if all(word in block for word in words)]
+    return found
+
+
+def install(path: Path, text: str, **changes: object) -> Path:
+    """Write a procedure, with changes for this test; each must be possible."""
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, str(new))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.process
+class TestRecipes:
+    """What the README shows, as it stands there."""
+
+    @pytest.mark.servers
+    @pytest.mark.pebble
+    def test_mail_servers_with_copies_of_their_own(self, host: Host, tmp_path: Path) -> None:
+        """The load list of the document that this started from: + and a procedure for the mail server."""
+        before, tls = host.old_pair("a.example.test"), tmp_path / "tls"
+        tls.mkdir()
+        public, private = tls / "mail-pub.pem", tls / "mail-priv.pem"
+        public.write_bytes(before[0])
+        private.write_bytes(before[1])
+        mail = testbed.Site("a.example.test", public, private)
+        with testbed.Nginx(tmp_path / "web", [testbed.Site("a.example.test", host.chain(), host.key())]) as web, \
+                testbed.Postfix(tmp_path / "postfix", [mail]) as postfix, \
+                testbed.Dovecot(tmp_path / "dovecot", [mail]) as dovecot:
+            procedure = install(tmp_path / "cert_to_mail.sh", readme("# cert_to_mail.sh"), **{
+                "/etc/mail/tls": tls, "doveadm reload": f"doveadm -c {dovecot.config} reload"})
+            changes = {"/usr/local/sbin/cert_to_mail.sh": procedure, "/etc/mail/tls": tls,
+                       "mail.example.org:25": f"127.0.0.1:{postfix.port}",
+                       "mail.example.org:143": f"127.0.0.1:{dovecot.port}"}
+            for words in (("@/usr/local/sbin/cert_to_mail.sh", ":143"), ("+postfix", ":143")):
+                items = readme(*words)
+                for old, new in changes.items():
+                    items = items.replace(old, str(new))
+                host.write(*(line.strip() for line in items.splitlines()[1:]))
+                done = host.run("renew", "--force", MAIL_CONFIG=str(postfix.directory))
+                assert done.status == 0, done.err
+                assert [mode(path) for path in (public, private)] == [0o644, 0o600]
+                assert (public.read_bytes(), private.read_bytes()) == host.pair()
+                fingerprint = wucme.facts(host.pair()[0]).fingerprint
+                wait_until(lambda wanted=fingerprint: {wanted} == {  # type: ignore[misc]
+                    hashlib.sha256(shown_by(one.port, one.protocol)).hexdigest() for one in (web, postfix, dovecot)})
+            assert host.run() == Done(0, "", "")
+
+    @pytest.mark.servers
+    def test_handing_on_to_other_hosts_one_of_them_down(self, tmp_path: Path) -> None:
+        host, there = Host(tmp_path), tmp_path / "there"
+        host.settings.update(server="letsencrypt", grace="5s")
+        chain, key = host.old_pair("a.example.test", days=80)
+        there.mkdir()
+        pair = there / "a.example.test.pem"
+        old = Path(fakeca.make_pair(tmp_path, "old", ["old.example"], datetime.now(timezone.utc) - timedelta(9),
+                                    datetime.now(timezone.utc) + timedelta(9))[0])
+        pair.write_bytes(old.read_bytes() + old.with_name("wucme_k_old.pem").read_bytes())
+        with testbed.TlsServer(tmp_path / "web", testbed.Site("x", pair, pair)) as server:
+            take = install(tmp_path / "bin/take_cert.sh", readme("# take_cert.sh"), **{
+                "/etc/haproxy/certs": there, "systemctl reload haproxy": f"kill -HUP {server.pid}"})
+            hand = install(tmp_path / "bin/hand_on.sh", readme("# hand_on.sh"))
+            with testbed.Sshd(tmp_path / "sshd", take, "web1") as sshd:
+                install(tmp_path / "bin/ssh", f'#!/bin/sh\nexec {testbed.program("ssh")} -F {sshd.config} "$@"\n')
+                path = f"{tmp_path}/bin:{os.environ['PATH']}"
+                host.write(f"@{hand} web1", f"@{hand} web2", f"? 127.0.0.1:{server.port} sni=a.example.test",
+                           f"> {tmp_path}/net/{{name}}.pem what=pair")
+                done = host.run(PATH=path)
+                assert done.status == 1
+                assert re.findall(r"load failed: (\S+) (\S+)", done.err) == [
+                    (f"@{hand}", "web2"), (">", f"{tmp_path}/net/{{name}}.pem")]
+                assert "Connection refused" in done.err
+                assert (pair.read_bytes(), mode(pair)) == (key + chain, 0o600)
+                inode = pair.stat().st_ino
+                sshd.config.write_text(sshd.config.read_text().replace("Host web1", "Host web1 web2"))
+                (tmp_path / "net").mkdir()
+                assert host.run(PATH=path).status == 0
+                assert pair.stat().st_ino != inode
+                assert (tmp_path / "net/a.example.test.pem").read_bytes() == key + chain
+                refused = subprocess.run([tmp_path / "bin/ssh", "web1", "../x"], stdin=subprocess.DEVNULL,
+                                         capture_output=True, check=False, env={"PATH": path})
+                assert b"../x: not a name" in refused.stderr
+                torn = subprocess.run([tmp_path / "bin/ssh", "web1", "a.example.test"], input=chain[:-40],
+                                      capture_output=True, check=False, env={"PATH": path})
+                assert torn.returncode == 1
+                assert pair.read_bytes() == key + chain
+
+    def test_alerts(self, tmp_path: Path) -> None:
+        host = Host(tmp_path)
+        host.old_pair("a.example.test", days=80)
+        for name in ("sendmail", "curl"):
+            install(tmp_path / f"bin/{name}", f'#!/bin/sh\n(echo "$@"; cat) >{tmp_path}/{name}\n')
+        example = readme("alert =", "sendmail").replace("/var/lib/prometheus/node-exporter", str(tmp_path))
+        host.write(server="letsencrypt")
+        host.ini.write_text(host.ini.read_text() + example.partition("[wucme]\n")[2] + "load = $ false\n")
+        assert host.run(PATH=f"{tmp_path}/bin:{os.environ['PATH']}").status == 1
+        mail = (tmp_path / "sendmail").read_text().splitlines()
+        subject = "wucme on alpha: 1 problem"
+        assert mail[:6] == ["-t", "To: root", f"Subject: {subject}", "", subject, ""]
+        arguments, text = (tmp_path / "curl").read_text().splitlines()
+        assert arguments.startswith("-fsS -m 20 -d @- -H Content-Type: application/json https://")
+        assert json.loads(text)["text"].splitlines() == mail[4:]
+        assert "wucme_loads_owed" in (tmp_path / "wucme.prom").read_text()
+
+
 @contextlib.contextmanager
 def visitors(visit: Callable[[], str]) -> Iterator[list[str]]:
     """Visits without a pause meanwhile, and what each came to: a certificate or an error."""
@@ -4312,7 +4423,7 @@ class TestAlerts:
         assert tame.run("load").status == 1
         assert tame.run().status == 1
         [first] = self.told(tame)
-        assert first[:3] == [f"wucme on alpha: 1 problems|1|alpha|{tame.directory}", "wucme on alpha: 1 problems", ""]
+        assert first[:3] == [f"wucme on alpha: 1 problem|1|alpha|{tame.directory}", "wucme on alpha: 1 problem", ""]
         assert first[3].startswith(f"a.example.test: owed: $ cat {tmp_path}/switch: exit status 1: cat: ")
         assert first[-1].startswith(f"1 certs in {tame.directory}; last run: ")
         (tmp_path / "switch").write_text("")

@@ -684,6 +684,41 @@ class Dovecot(WebServer):
         ])
 
 
+class Sshd(Server):
+    """sshd that lets one key in, to run one command; `config` is for ssh, in which `hosts` are this one."""
+
+    def __init__(self, directory: Path, command: Path, *hosts: str) -> None:
+        super().__init__(directory)
+        self.command = command
+        self.hosts = hosts
+        self.port = free_ports(1)[0]
+        self.config = self.directory / "ssh_config"
+
+    def _start(self) -> None:
+        """Makes the keys, then starts it; as root with a /run of its own, which must have a certain directory."""
+        server, keygen = program("sshd"), program("ssh-keygen")
+        for name in ("host", "user"):
+            key = ["-q", "-t", "ed25519", "-N", "", "-f", str(self.directory / name)]
+            subprocess.run([keygen, *key], check=True)
+        public = (self.directory / "user.pub").read_text()
+        (self.directory / "authorized_keys").write_text(f'command="{self.command}",restrict {public}')
+        (self.directory / "sshd_config").write_text(
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.directory}/host\nPidFile none\n"
+            f"AuthorizedKeysFile {self.directory}/authorized_keys\nStrictModes no\nUsePAM no\n"
+        )
+        self.config.write_text(
+            f"Host {' '.join(self.hosts)}\n HostName 127.0.0.1\n Port {self.port}\n"
+            f" IdentityFile {self.directory}/user\n"
+            f" StrictHostKeyChecking no\n UserKnownHostsFile {self.directory}/known_hosts\n"
+            f"Host *\n HostName 127.0.0.1\n Port {free_ports(1)[0]}\n"
+        )
+        command = [server, "-D", "-e", "-f", str(self.directory / "sshd_config")]
+        if os.geteuid() == 0:
+            script = 'mount -t tmpfs none /run; mkdir -m 755 /run/sshd; exec "$@"'
+            command = [program("unshare"), "-m", "sh", "-c", script, "sh", *command]
+        self._run("sshd", command, lambda: connects(self.port))
+
+
 class _Hello(socketserver.BaseRequestHandler):
     """Shakes hands with the certificate of the moment and says hello."""
 
