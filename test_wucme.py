@@ -1,7 +1,7 @@
 """Tests of wucme.py: its sections one by one, then whole runs. `make test`, or a part: `make test ARGS="-k load"`.
 
 The first part needs nothing but Python, cryptography, pytest and hypothesis. What is marked `process` runs the script
-many times, `pebble` needs that test CA, `servers` needs nginx and apache2 from Debian; `.ci/setup` gets pebble,
+many times, `pebble` needs that test CA, `servers` needs servers from Debian; `.ci/setup` gets pebble,
 `.ci/run` all of it.
 """
 from __future__ import annotations
@@ -13,6 +13,7 @@ import email.utils
 import gc
 import hashlib
 import http.client
+import imaplib
 import ipaddress
 import itertools
 import json
@@ -22,6 +23,7 @@ import re
 import select
 import shlex
 import signal
+import smtplib
 import socket
 import ssl
 import stat
@@ -2800,7 +2802,7 @@ class TestItems:
 
     @pytest.mark.parametrize(("problem", "output", "text"), [
         ("", ["said"], ""), ("exit status 1", [], "exit status 1"), ("exit 1", ["a", "b", " "], "exit 1: b"),
-        ("x", ["y" * 999], "x: " + "y" * 497),
+        ("x", ["y" * 999], "x: " + "y" * 497), ("x", ["2026-02-13 00:20:00: (a.c) no"], "x: (a.c) no"),
     ])
     def test_a_problem_comes_with_the_last_that_was_said(self, problem: str, output: list[str], text: str) -> None:
         assert wucme.with_last_line(wucme.Finished(problem, output)) == text
@@ -3091,7 +3093,7 @@ class TestReport:
             (3, entry(known(90 * DAY, DAY), memory=wucme.Memory(problem="refused"))),
             (0, entry(known(90 * DAY, 91 * DAY), names=("a.example",))), (0, entry(None, names=("b.example",))),
             (0, entry(known(90 * DAY, DAY))))]
-        assert wucme.problems(found, NOW) == [
+        assert wucme.troubles(found, NOW) == [
             "www.example.org: failed: refused", "www.example.org: owed: $ a: no\\nway", "www.example.org: owed: $ b",
             "www.example.org: expired 2026-02-12T00:20:00Z", "b.example: not there"]
 
@@ -3101,8 +3103,8 @@ class TestReport:
     ])
     def test_late_is_due_or_left_alone_in_the_last_quarter(self, age: float, renew: str, is_late: bool) -> None:
         found = wucme.certificate_json(wucme.decide(entry(known(90 * DAY, age * DAY), renew), NOW), [])
-        assert bool(wucme.late([found], NOW)) is is_late
-        assert wucme.late([wucme.certificate_json(wucme.decide(entry(None), NOW), [])], NOW) == []
+        assert bool(wucme.overdue([found], NOW)) is is_late
+        assert wucme.overdue([wucme.certificate_json(wucme.decide(entry(None), NOW), [])], NOW) == []
 
     def test_metrics(self) -> None:
         loads = [{"item": "$ a", "state": "owed", "since": None, "problem": ""}]
@@ -4341,46 +4343,422 @@ class TestLoad:
         assert (tmp_path / "count").read_text() == "x\nx\nx\n"
         assert tame.run("load", "b.example.test").status == 2
 
+    def test_what_is_missing_on_the_host_is_owed(self, tame: Host, tmp_path: Path) -> None:
+        tame.write(f"> {tmp_path}/none/x.pem", f"> {tmp_path}/x.pem owner=no-such-user",
+                   f"> {tmp_path}/x.p12 what=p12 password_file={tmp_path}/password", "@/nonexistent/procedure")
+        done = tame.run()
+        assert done.status == 1
+        assert f"{tmp_path}/none: no such directory; make it" in done.err
+        assert "owner=no-such-user: no such user or group on this host" in done.err
+        assert f"{tmp_path}/password: No such file or directory; it is owed" in done.err
+        assert done.lines[-1].endswith("4 owed")
+        assert tame.run() == Done(1, "", "")
+        assert not list(tmp_path.glob("*.pem"))
+
+    def test_copies(self, tame: Host, tmp_path: Path) -> None:
+        (tmp_path / "password").write_text("secret\n")
+        whats = {"chain": 0o644, "cert": 0o644, "issuers": 0o644, "key": 0o600, "pair": 0o600, "p12": 0o600}
+        chain, key = tame.pair()
+        leaf, issuer = wucme.certificates(chain)
+        tame.write(*(f"> {tmp_path}/{{name}}.{what} what={what}"
+                     + (f" password_file={tmp_path}/password" if what == "p12" else "") for what in whats),
+                   f"> {tmp_path}/shared what=key mode=0640 owner={'daemon:' if os.geteuid() == 0 else ':'}"
+                   f"{'daemon' if os.geteuid() == 0 else os.getegid()}")
+        done = tame.run()
+        assert done.status == 0, done.err
+        made = {what: tmp_path / f"a.example.test.{what}" for what in whats}
+        assert {what: mode(path) for what, path in made.items()} == whats
+        held = {what: path.read_bytes() for what, path in made.items()}
+        expected = {"chain": chain, "cert": leaf, "issuers": issuer, "key": key, "pair": key + chain}
+        assert {what: held[what] for what in expected} == expected
+        assert wucme.p12_holds(held["p12"], expected["pair"], b"secret")
+        assert not wucme.p12_holds(held["p12"], expected["pair"], b"other")
+        assert not wucme.p12_holds(held["p12"], key + leaf, b"secret")
+        shared = tmp_path / "shared"
+        assert (mode(shared), shared.owner() == "daemon") == (0o640, os.geteuid() == 0)
+        inodes = {path: path.stat().st_ino for path in [shared, *made.values()]}
+        shared.chmod(0o600)
+        assert tame.run("load").status == 0
+        assert [path for path, inode in inodes.items() if path.stat().st_ino != inode] == [shared]
+        assert mode(shared) == 0o640
+        assert not list(tmp_path.glob(".*"))
+
+    def test_copies_of_a_combined_file_hold_no_key(self, tame: Host, tmp_path: Path) -> None:
+        chain, key = tame.pair()
+        tame.chain().write_bytes(key + chain)
+        tame.key().unlink()
+        tame.key().symlink_to(tame.chain().name)
+        tame.write(f"> {tmp_path}/chain", f"> {tmp_path}/pair what=pair")
+        assert tame.run().status == 0
+        assert (tmp_path / "chain").read_bytes() == chain
+        assert (tmp_path / "pair").read_bytes() == key + chain
+
+    @pytest.mark.parametrize("item", ["> {place}/x.pem", "> {place}/./x.pem what=key"])
+    def test_two_copies_in_one_place_are_refused(self, tame: Host, tmp_path: Path, item: str) -> None:
+        tame.old_pair("b.example.test", days=80)
+        tame.write("$ true", item.format(place=tmp_path))
+        for arguments in ((), ("load",), ("--dry-run",)):
+            done = tame.run(*arguments)
+            assert done.status == 2
+            assert re.search(r"wucme.ini:\d+: > .*/x.pem would be written for a.example.test and for b", done.err)
+        tame.write(f"> {tame.directory}/x.pem")
+        assert "is in wucme's own directory" in tame.run().err
+
+    def test_proof_that_fails_has_the_server_reloaded_again(self, tame: Host, tmp_path: Path) -> None:
+        old = tame.old_pair("a.example.test", days=70)
+        systemctl = tmp_path / "bin/systemctl"
+        systemctl.parent.mkdir()
+        systemctl.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+        systemctl.chmod(0o755)
+        path = f"{systemctl.parent}:{os.environ['PATH']}"
+        with testbed.TlsServer(tmp_path / "web", testbed.Site("x", tame.chain(), tame.key())) as server:
+            tame.old_pair("a.example.test", days=80)
+            tame.write("+systemd web", f"? 127.0.0.1:{server.port}", grace="0s")
+            done = tame.run(PATH=path)
+            assert done.status == 1
+            assert "load succeeded: +systemd web" in done.err
+            assert (f"127.0.0.1 asked for a.example.test shows another certificate, for a.example.test, serial "
+                    f"{wucme.facts(old[0]).serial}, that expires {wucme.gmt(wucme.facts(old[0]).not_after)}; it is owed"
+                    ) in done.err
+            assert len([load for load in json.loads(tame.run("status", "--json").out)["certificates"][0]["loads"]
+                        if load["state"] == "owed"]) == 2
+            systemctl.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\nkill -HUP {server.pid}\n")
+            tame.write("+systemd web", f"? 127.0.0.1:{server.port}")
+            assert tame.run(PATH=path).status == 0
+            assert (tmp_path / "asked").read_text() == "try-reload-or-restart web\n" * 2
+            assert tame.run(PATH=path) == Done(0, "", "")
+
+    def test_systemctl_that_fails_is_owed(self, tame: Host) -> None:
+        tame.write("+systemd no-such-unit")
+        done = tame.run()
+        assert (done.status, "load failed: +systemd no-such-unit" in done.err) == (1, True)
+
     @pytest.mark.servers
-    @pytest.mark.parametrize("kind", [testbed.Nginx, testbed.Apache])
-    def test_web_server_serves_the_new_certificate(
-            self, kind: type[testbed.WebServer], fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
-        before = lab.old_pair("a.example.test")
-        site = testbed.Site("a.example.test", lab.chain(), lab.key())
-        name = kind.__name__.lower()
-        lab.write(f"+{name}")
+    @pytest.mark.pebble
+    @pytest.mark.parametrize("kind", [testbed.Nginx, testbed.Apache, testbed.Haproxy, testbed.Caddy, testbed.Lighttpd,
+                                      testbed.Postfix, testbed.Dovecot])
+    def test_server_serves_the_new_certificate(self, kind: type[testbed.WebServer], host: Host,
+                                               pebble: testbed.Pebble, tmp_path: Path) -> None:
+        before, pair, name = host.old_pair("a.example.test"), tmp_path / "pair.pem", kind.__name__.lower()
+        pair.write_bytes(before[1] + before[0])
+        site = testbed.Site("a.example.test", pair if name == "haproxy" else host.chain(), host.key())
 
         def shown() -> str:
-            return hashlib.sha256(shown_by(server.port)).hexdigest()
+            return hashlib.sha256(shown_by(server.port, server.protocol)).hexdigest()
+
+        def on_disk() -> str:
+            return wucme.facts(host.pair()[0]).fingerprint
 
         with kind(tmp_path / "server", [site]) as server:
+            host.write(f"> {pair} what=pair", f"+{name}", f"? 127.0.0.1:{server.port}"
+                       + (f" starttls={server.protocol}" if server.protocol else ""))
             assert shown() == wucme.facts(before[0]).fingerprint
-            done = lab.run()
-            assert done.status == 0, done.err
-            assert f"load succeeded: +{name} (a.example.test)" in done.err
-            assert lab.pair() != before
-            wait_until(lambda: shown() == wucme.facts(lab.pair()[0]).fingerprint)
+            seamless = name in ("nginx", "apache", "haproxy")
+            with visitors(shown) if seamless else contextlib.nullcontext([]) as visits:
+                done = host.run()
+                assert done.status == 0, done.err
+                wait_until(lambda: shown() == on_disk())
+            assert on_disk() != wucme.facts(before[0]).fingerprint
+            assert set(visits) <= {on_disk(), wucme.facts(before[0]).fingerprint}, "nobody was turned away"
+            assert len(set(visits)) == (2 if seamless else 0)
             good = server.config.read_text()
-            server.config.write_text(good + "\nnonsense on;\n")
-            done = lab.run("renew", "--force")
+            server.config.write_text(f"{good}\n{server.broken}\n")
+            host.settings["grace"] = "0s"
+            host.write(f"> {pair} what=pair", f"+{name}")
+            done = host.run("renew", "--force")
             assert done.status == 1
-            assert "was not reloaded, its configuration test failed" in done.err
-            assert "nonsense" in done.err
-            assert shown() != wucme.facts(lab.pair()[0]).fingerprint
+            assert re.search(r"load failed: \+.*it is owed", done.err)
+            assert "nonsense" in done.err, done.err
             server.config.write_text(good)
-            count = orders(fake)
-            assert lab.run().status == 0
-            wait_until(lambda: shown() == wucme.facts(lab.pair()[0]).fingerprint)
-            assert orders(fake) == count, "paying what is owed takes no order"
+            assert shown() != on_disk()
+            count = pebble.log().count("order-plz")
+            assert host.run().status == 0
+            wait_until(lambda: shown() == on_disk())
+            assert pebble.log().count("order-plz") == count, "paying what is owed takes no order"
+            assert host.run() == Done(0, "", "")
+
+    @pytest.mark.servers
+    def test_haproxy_without_a_master_is_not_killed(self, tame: Host, tmp_path: Path) -> None:
+        pair = tmp_path / "pair.pem"
+        tame.write(f"> {pair} what=pair")
+        tame.run()
+
+        class Alone(testbed.Haproxy):
+            def _command(self) -> list[str]:
+                return [word for word in super()._command() if word != "-W"]
+
+        with Alone(tmp_path / "server", [testbed.Site("a.example.test", pair, pair)]) as server:
+            tame.write("+haproxy")
+            assert "it takes no SIGUSR2; start it with -W" in tame.run().err
+            assert shown_by(server.port)
+
+    @pytest.mark.servers
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start it as another user")
+    def test_lighttpd_that_could_not_read_the_key_is_not_reloaded(self, tame: Host, tmp_path: Path) -> None:
+        class Lighttpd(testbed.Lighttpd):
+            user = "www-data"
+
+        with contextlib.ExitStack() as stack:
+            place = stack.enter_context(testbed.reachable())
+            for path in (tame.chain(), tame.key()):
+                (place / path.name).write_bytes(path.read_bytes())
+                (place / path.name).chmod(mode(path))
+            site = testbed.Site("a.example.test", *(place / path.name for path in (tame.chain(), tame.key())))
+            server = stack.enter_context(Lighttpd(place / "server", [site]))
+            tame.write("+lighttpd")
+            done = tame.run()
+            assert "was not reloaded, its configuration test failed" in done.err
+            assert "Permission denied" in done.err
+            assert done.status == 1
+            assert shown_by(server.port)
 
 
-def shown_by(port: int) -> bytes:
-    """The certificate (DER) that a TLS server shows."""
+def readme(*words: str) -> str:
+    """The one block of code in the README that has all of these words."""
+    blocks = re.findall(r"(?m)(?:^    .*\n)+", (SCRIPT.parent / "README.md").read_text("utf-8"))
+    [found] = [textwrap.dedent(block) for block in blocks if all(word in block for word in words)]
+    return found
+
+
+def install(path: Path, text: str, **changes: object) -> Path:
+    """Write a procedure, with changes for this test; each must be possible."""
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, str(new))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.process
+class TestRecipes:
+    """What the README shows, as it stands there."""
+
+    @pytest.mark.servers
+    @pytest.mark.pebble
+    def test_mail_servers_with_copies_of_their_own(self, host: Host, tmp_path: Path) -> None:
+        """The load list of the document that this started from: + and a procedure for the mail server."""
+        before, tls = host.old_pair("a.example.test"), tmp_path / "tls"
+        tls.mkdir()
+        public, private = tls / "mail-pub.pem", tls / "mail-priv.pem"
+        public.write_bytes(before[0])
+        private.write_bytes(before[1])
+        mail = testbed.Site("a.example.test", public, private)
+        with testbed.Nginx(tmp_path / "web", [testbed.Site("a.example.test", host.chain(), host.key())]) as web, \
+                testbed.Postfix(tmp_path / "postfix", [mail]) as postfix, \
+                testbed.Dovecot(tmp_path / "dovecot", [mail]) as dovecot:
+            procedure = install(tmp_path / "cert_to_mail.sh", readme("# cert_to_mail.sh"), **{
+                "/etc/mail/tls": tls, "doveadm reload": f"doveadm -c {dovecot.config} reload"})
+            changes = {"/usr/local/sbin/cert_to_mail.sh": procedure, "/etc/mail/tls": tls,
+                       "mail.example.org:25": f"127.0.0.1:{postfix.port}",
+                       "mail.example.org:143": f"127.0.0.1:{dovecot.port}"}
+            for words in (("@/usr/local/sbin/cert_to_mail.sh", ":143"), ("+postfix", ":143")):
+                items = readme(*words)
+                for old, new in changes.items():
+                    items = items.replace(old, str(new))
+                host.write(*(line.strip() for line in items.splitlines()[1:]))
+                done = host.run("renew", "--force", MAIL_CONFIG=str(postfix.directory))
+                assert done.status == 0, done.err
+                assert [mode(path) for path in (public, private)] == [0o644, 0o600]
+                assert (public.read_bytes(), private.read_bytes()) == host.pair()
+                fingerprint = wucme.facts(host.pair()[0]).fingerprint
+                wait_until(lambda wanted=fingerprint: {wanted} == {  # type: ignore[misc]
+                    hashlib.sha256(shown_by(one.port, one.protocol)).hexdigest() for one in (web, postfix, dovecot)})
+            assert host.run() == Done(0, "", "")
+
+    @pytest.mark.servers
+    def test_handing_on_to_other_hosts_one_of_them_down(self, tmp_path: Path) -> None:
+        host, there = Host(tmp_path), tmp_path / "there"
+        host.settings.update(server="letsencrypt", grace="5s")
+        chain, key = host.old_pair("a.example.test", days=80)
+        there.mkdir()
+        pair = there / "a.example.test.pem"
+        old = Path(fakeca.make_pair(tmp_path, "old", ["old.example"], datetime.now(timezone.utc) - timedelta(9),
+                                    datetime.now(timezone.utc) + timedelta(9))[0])
+        pair.write_bytes(old.read_bytes() + old.with_name("wucme_k_old.pem").read_bytes())
+        with testbed.TlsServer(tmp_path / "web", testbed.Site("x", pair, pair)) as server:
+            take = install(tmp_path / "bin/take_cert.sh", readme("# take_cert.sh"), **{
+                "/etc/haproxy/certs": there, "systemctl reload haproxy": f"kill -HUP {server.pid}"})
+            hand = install(tmp_path / "bin/hand_on.sh", readme("# hand_on.sh"))
+            with testbed.Sshd(tmp_path / "sshd", take, "web1") as sshd:
+                install(tmp_path / "bin/ssh", f'#!/bin/sh\nexec {testbed.program("ssh")} -F {sshd.config} "$@"\n')
+                path = f"{tmp_path}/bin:{os.environ['PATH']}"
+                host.write(f"@{hand} web1", f"@{hand} web2", f"? 127.0.0.1:{server.port} sni=a.example.test",
+                           f"> {tmp_path}/net/{{name}}.pem what=pair")
+                done = host.run(PATH=path)
+                assert done.status == 1
+                assert re.findall(r"load failed: (\S+) (\S+)", done.err) == [
+                    (f"@{hand}", "web2"), (">", f"{tmp_path}/net/{{name}}.pem")]
+                assert "Connection refused" in done.err
+                assert (pair.read_bytes(), mode(pair)) == (key + chain, 0o600)
+                inode = pair.stat().st_ino
+                sshd.config.write_text(sshd.config.read_text().replace("Host web1", "Host web1 web2"))
+                (tmp_path / "net").mkdir()
+                assert host.run(PATH=path).status == 0
+                assert pair.stat().st_ino != inode
+                assert (tmp_path / "net/a.example.test.pem").read_bytes() == key + chain
+                refused = subprocess.run([tmp_path / "bin/ssh", "web1", "../x"], stdin=subprocess.DEVNULL,
+                                         capture_output=True, check=False, env={"PATH": path})
+                assert b"../x: not a name" in refused.stderr
+                torn = subprocess.run([tmp_path / "bin/ssh", "web1", "a.example.test"], input=chain[:-40],
+                                      capture_output=True, check=False, env={"PATH": path})
+                assert torn.returncode == 1
+                assert pair.read_bytes() == key + chain
+
+    def test_alerts(self, tmp_path: Path) -> None:
+        host = Host(tmp_path)
+        host.old_pair("a.example.test", days=80)
+        for name in ("sendmail", "curl"):
+            install(tmp_path / f"bin/{name}", f'#!/bin/sh\n(echo "$@"; cat) >{tmp_path}/{name}\n')
+        example = readme("alert =", "sendmail").replace("/var/lib/prometheus/node-exporter", str(tmp_path))
+        host.write(server="letsencrypt")
+        host.ini.write_text(host.ini.read_text() + example.partition("[wucme]\n")[2] + "load = $ false\n")
+        assert host.run(PATH=f"{tmp_path}/bin:{os.environ['PATH']}").status == 1
+        mail = (tmp_path / "sendmail").read_text().splitlines()
+        subject = "wucme on alpha: 1 problem"
+        assert mail[:6] == ["-t", "To: root", f"Subject: {subject}", "", subject, ""]
+        arguments, text = (tmp_path / "curl").read_text().splitlines()
+        assert arguments.startswith("-fsS -m 20 -d @- -H Content-Type: application/json https://")
+        assert json.loads(text)["text"].splitlines() == mail[4:]
+        assert "wucme_loads_owed" in (tmp_path / "wucme.prom").read_text()
+
+
+@contextlib.contextmanager
+def visitors(visit: Callable[[], str]) -> Iterator[list[str]]:
+    """Visits without a pause meanwhile, and what each came to: a certificate or an error."""
+    found: list[str] = []
+    over = threading.Event()
+
+    def visits() -> None:
+        while not over.is_set():
+            try:
+                found.append(visit())
+            except OSError as error:
+                found.append(repr(error))
+
+    thread = threading.Thread(target=visits)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def shown_by(port: int, protocol: str = "") -> bytes:
+    """The certificate (DER) that a server shows, after STARTTLS where it is a mail server."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if protocol == "smtp":
+        with smtplib.SMTP("127.0.0.1", port, timeout=5) as smtp:
+            smtp.starttls(context=context)
+            assert isinstance(smtp.sock, ssl.SSLSocket)
+            return smtp.sock.getpeercert(True) or b""
+    if protocol == "imap":
+        with imaplib.IMAP4("127.0.0.1", port, timeout=5) as imap:
+            imap.starttls(context)
+            assert isinstance(imap.sock, ssl.SSLSocket)
+            return imap.sock.getpeercert(True) or b""
     with socket.create_connection(("127.0.0.1", port), 5) as plain, \
             context.wrap_socket(plain, server_hostname="a.example.test") as secure:
         return secure.getpeercert(True) or b""
+
+
+@pytest.mark.process
+class TestAlerts:
+    """Who is told when something is wrong, and the numbers for a monitor."""
+
+    @pytest.fixture
+    def tame(self, tmp_path: Path) -> Host:
+        """A host with a certificate that is not due, and an alert that writes what it is told."""
+        host = Host(tmp_path)
+        host.settings.update(server="letsencrypt", alert=(
+            '$ (echo "$WUCME_SUBJECT|$WUCME_PROBLEMS|$WUCME_HOST|$WUCME_DIRECTORY"; cat; echo ---)'
+            f" >> {tmp_path}/mail"))
+        host.old_pair("a.example.test", days=80)
+        host.write()
+        return host
+
+    def told(self, host: Host) -> list[list[str]]:
+        """The alerts so far, by line."""
+        mail = host.home / "mail"
+        return [text.splitlines() for text in mail.read_text().split("---\n")[:-1]] if mail.exists() else []
+
+    def test_alert_comes_when_the_problems_change(self, tame: Host, tmp_path: Path) -> None:
+        assert tame.run() == Done(0, "", "")
+        assert self.told(tame) == []
+        tame.write(f"$ cat {tmp_path}/switch")
+        assert tame.run().status == 1
+        assert tame.run("load").status == 1
+        assert tame.run().status == 1
+        [first] = self.told(tame)
+        assert first[:3] == [f"wucme on alpha: 1 problem|1|alpha|{tame.directory}", "wucme on alpha: 1 problem", ""]
+        assert first[3].startswith(f"a.example.test: owed: $ cat {tmp_path}/switch: exit status 1: cat: ")
+        assert first[-1].startswith(f"1 certs in {tame.directory}; last run: ")
+        (tmp_path / "switch").write_text("")
+        assert tame.run().status == 0
+        assert [one[1] for one in self.told(tame)[1:]] == ["wucme on alpha: all is well again"]
+        assert tame.run() == Done(0, "", "")
+        assert len(self.told(tame)) == 2
+
+    def test_alert_for_a_late_certificate_comes_daily(self, tame: Host) -> None:
+        tame.old_pair("a.example.test", days=5)
+        tame.write(renew="never")
+        for _ in range(2):
+            assert tame.run().status == 0
+        [only] = self.told(tame)
+        assert "a.example.test: not renewed, ends 20" in only[3]
+        path = tame.directory / "wucme_l_alpha.json"
+        state = json.loads(path.read_text())
+        for about in state["alarms"].values():
+            about[1] -= 86400
+        path.write_text(json.dumps(state))
+        tame.run()
+        assert len(self.told(tame)) == 2
+
+    def test_alert_that_fails_is_tried_again_and_the_other_is_not_repeated(self, tame: Host, tmp_path: Path) -> None:
+        tame.settings["alert"] += f"\n    $ cat {tmp_path}/switch"
+        tame.write("$ false")
+        for _ in range(2):
+            done = tame.run()
+            assert done.status == 1
+            assert f"alert failed: $ cat {tmp_path}/switch: exit status 1" in done.err
+        assert len(self.told(tame)) == 1
+        (tmp_path / "switch").write_text("")
+        assert "alert succeeded" in tame.run("--verbose").err
+
+    def test_alert_is_an_item_that_is_checked(self, tame: Host) -> None:
+        tame.settings["alert"] = "+nginx"
+        tame.write()
+        done = tame.run()
+        assert (done.status, "alert takes @ (a procedure) and $" in done.err) == (2, True)
+        assert re.search(r"wucme.ini:\d+: \+nginx", done.err)
+
+    def test_dry_run_and_staging_alarm_nobody(self, tame: Host) -> None:
+        tame.settings["metrics"] = str(tame.home / "wucme.prom")
+        tame.write("$ false")
+        tame.run("--dry-run")
+        tame.run("--staging")
+        assert self.told(tame) == []
+        assert not (tame.home / "wucme.prom").exists()
+
+    def test_metrics_are_written_by_each_run(self, tame: Host, tmp_path: Path) -> None:
+        path = tmp_path / "wucme.prom"
+        tame.settings.update(metrics=str(path), alert="")
+        tame.write("$ false")
+        assert tame.run().status == 1
+        assert mode(path) == 0o644
+        end = int(wucme.facts(tame.pair()[0]).not_after)
+        assert f'wucme_certificate_expiry_timestamp_seconds{{name="a.example.test"}} {end}\n' in path.read_text()
+        assert 'wucme_loads_owed{name="a.example.test"} 1\n' in path.read_text()
+        tame.write()
+        assert tame.run() == Done(0, "", "")
+        assert 'wucme_loads_owed{name="a.example.test"} 0\n' in path.read_text()
+        tame.settings["metrics"] = str(tmp_path / "none/wucme.prom")
+        tame.write()
+        done = tame.run()
+        assert (done.status, "none/wucme.prom" in done.err) == (1, True)
 
 
 @pytest.mark.process

@@ -43,13 +43,27 @@ OPTIONS
 LOAD LIST
   Each line of load is one item, told by its first character:
     +         test the configuration of the web servers that run here, and reload them: once a run
-    +nginx    the same for one kind of server: @SERVERS@
+    +nginx    the same for one kind of server:
+              @SERVERS@
+    +systemd UNIT    have systemd reload (else restart) a unit, if it runs: once a run
     @FILE     run a procedure, with arguments if any: once for each certificate
     $ COMMAND run a shell command: once for each certificate
-  Procedures and commands find WUCME_NAME, WUCME_NAMES, WUCME_CERT, WUCME_KEY, WUCME_FINGERPRINT,
-  WUCME_DIRECTORY and WUCME_HOST in their environment. An item is owed as long as the certificate
-  on disk is not the one that it was last run for with success on this host: what fails, or is
-  missed, is tried again by every run. Items must be harmless to repeat.
+    > FILE [what=chain|cert|issuers|key|pair|p12] [mode=0640] [owner=USER:GROUP]
+              write a copy in one step, if it differs: once for each certificate. chain is the
+              default; pair is key and chain in one; p12 needs password_file=FILE. The mode is 0600
+              with a key inside, else 0644. What is at FILE is replaced, a symbolic link too; but
+              no directory is made, and none (nor a link to one) is written into
+    ? HOST:PORT [sni=NAME] [starttls=smtp|imap|pop3] [all]
+              connect, and compare the certificate that is served with the one on disk, for up to
+              grace: once for each certificate; one of the common list only for certificates that
+              have the name. all: each address of HOST. If it fails, the + items are done again
+  {name} in > and ? is the certificate's NAME. Procedures and commands find WUCME_NAME,
+  WUCME_NAMES, WUCME_CERT, WUCME_KEY, WUCME_FINGERPRINT, WUCME_DIRECTORY and WUCME_HOST in their
+  environment. An item is owed as long as the certificate on disk is not the one that it was last
+  done for with success on this host: what fails, or is missed, is tried again by every run. Items
+  must be harmless to repeat.
+  Items of alert are @ or $. They read the report, and find WUCME_SUBJECT (a line), WUCME_PROBLEMS
+  (how many), WUCME_HOST and WUCME_DIRECTORY.
 
 FILES (in the directory)
   wucme_c_NAME.pem                    the chain, leaf first
@@ -67,9 +81,10 @@ EXIT STATUS
   or if no run was seen for two days.
 
 SECURITY
-  Made to run as root. It reads the ini and its directory, writes to these and its log alone, contacts
-  the CA (https only, always verified) and runs what the load list says. It listens on the challenge port
-  only while an order runs, and answers there from memory. Keys are 0600 from the first byte; an
+  Made to run as root. It reads the ini and its directory, writes to these, its log, and where > and
+  metrics say, contacts the CA (https only, always verified) and what ? names, and runs what the load
+  list says. It listens on the challenge port only while an order runs, and answers there from memory.
+  Keys are 0600 from the first byte, copies of them have their mode and owner from the first byte; an
   ini, a script or a procedure that anyone may write is refused.
 
 READING ORDER
@@ -210,6 +225,7 @@ def sentence(error: BaseException) -> str:
 # of it travels as one value, World, so that a test can hand in another.
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
+STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
 
 
@@ -418,7 +434,7 @@ class Finished(NamedTuple):
 def with_last_line(finished: Finished) -> str:
     """The problem of a command with the last that it said, "" for none."""
     said = [line for line in finished.output if line.strip()][-1:] if finished.problem else []
-    return ": ".join([finished.problem, *said])[:500]
+    return STAMP.sub("", ": ".join([finished.problem, *said]))[:500]       # or each failure would be news
 
 
 def drain(descriptor: int, kept: bytearray) -> None:
@@ -3397,6 +3413,10 @@ def account_files(directory: str, server: str, url: str, first: bool) -> Account
 UNIT = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*")
 
 
+# postfix check tells its log alone what is wrong.
+POSTFIX_TEST = 'postconf >/dev/null || exit; postfix check || { echo "see the log of postfix"; exit 1; }'
+
+
 class Standard(NamedTuple):
     """A server that `+` knows: how to find it, test its configuration, and have it read its files again."""
     commands: tuple[str, ...]           # names of its processes
@@ -3410,12 +3430,12 @@ class Standard(NamedTuple):
 STANDARD = {
     "nginx": Standard(("nginx",), ("", "-t", "-q"), ("-c", "-p"), signal.SIGHUP),
     "apache": Standard(("apache2", "httpd"), ("", "-t"), ("-d", "-f", "-D", "-C", "-c"), signal.SIGUSR1),
-    "haproxy": Standard(("haproxy",), ("", "-c", "-q"), ("-f", "-C"), signal.SIGUSR2),
+    "haproxy": Standard(("haproxy",), ("", "-c"), ("-f", "-C"), signal.SIGUSR2),
     "caddy": Standard(("caddy",), (), ("--config", "-config", "-c", "--adapter", "-adapter", "-a"),
                       ("", "reload", "--force")),
     "lighttpd": Standard(("lighttpd",), ("", "-tt"), ("-f", "-m"), signal.SIGUSR1),
-    "postfix": Standard(("master",), ("postfix", "check"), (), ("postfix", "reload"), False, "postfix"),
-    "dovecot": Standard(("dovecot",), ("", "-n"), ("-c",), signal.SIGHUP, False),
+    "postfix": Standard(("master",), ("/bin/sh", "-c", POSTFIX_TEST), (), ("postfix", "reload"), False, "postfix"),
+    "dovecot": Standard(("dovecot",), ("doveconf", "-x", "-h", "base_dir"), ("-c",), signal.SIGHUP, False),
 }
 WHATS = {"chain": False, "cert": False, "issuers": False, "key": True, "pair": True, "p12": True}   # is a key in it?
 CONNECT_SECONDS = 10.0
@@ -3658,7 +3678,9 @@ def server_command(kind: Standard, argv: Sequence[str], master: Process, timeout
     """Run a command about a server as the server itself runs: program, options, environment, directory, user."""
     program = proc_link(master.pid, "exe").replace(" (deleted)", "") or kind.commands[0]
     variables = (pair.partition("=") for pair in proc_text(master.pid, "environ").split("\0"))
-    environment = {name: value for name, equals, value in variables if equals} or child_environment()
+    # What haproxy's master tells itself would have the test wait instead of reading its configuration.
+    environment = {name: value for name, equals, value in variables
+                   if equals and not name.startswith("HAPROXY_MWORKER")} or child_environment()
     where = proc_link(master.pid, "cwd")
     return world.command([argv[0] or program, *argv[1:], *own_options(master.argv, kind.options)], environment,
                          timeout, cwd=where if os.path.isdir(where) else "/", **credentials(master.pid))
@@ -3927,7 +3949,7 @@ def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def problems(found: Iterable[Json], now: float) -> list[str]:
+def troubles(found: Iterable[Json], now: float) -> list[str]:
     """Each thing that is wrong with certificates and their loads, as status --json has them."""
     lines = []
     for one in found:
@@ -3940,7 +3962,7 @@ def problems(found: Iterable[Json], now: float) -> list[str]:
     return lines
 
 
-def late(found: Iterable[Json], now: float) -> list[str]:
+def overdue(found: Iterable[Json], now: float) -> list[str]:
     """The certificates in the last quarter of their life that should be renewed by now, or that nothing renews."""
     lines = []
     for one in found:
@@ -3948,6 +3970,15 @@ def late(found: Iterable[Json], now: float) -> list[str]:
         if end - (end - start) / 4 < now < end and (one["renew_at"] or "") <= (utc(now) or ""):
             lines.append(printable(f"{(one['names'] or [one['name']])[0]}: not renewed, ends {one['not_after']}"))
     return lines
+
+
+def alert_text(run: RunScope, wrong: Sequence[str], lines: Sequence[str]) -> tuple[dict[str, str], str]:
+    """What an item of `alert` finds in its environment, and what it reads."""
+    subject = f"wucme on {run.host}: {len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else \
+        f"wucme on {run.host}: all is well again"
+    told = {"WUCME_SUBJECT": subject, "WUCME_PROBLEMS": str(len(wrong)), "WUCME_HOST": run.host,
+            "WUCME_DIRECTORY": run.directory}
+    return told, "\n".join([subject, "", *wrong, *([""] if wrong else []), *lines, ""])
 
 
 def metrics_text(about: Json) -> str:
@@ -4587,38 +4618,37 @@ def standing(settings: Settings, world: World) -> Standing:
         lines.append("the load list is empty: no server is told of a new certificate")
     lines.append(f"{len(entries)} certs in {run.directory}; last run: {local_time(seen) if seen else 'never'}")
     about = {"version": VERSION, "host": run.host, "last_run": utc(seen) if seen else None, "certificates": found}
-    return Standing(lines, about, 1 if problems(found, now) or now - seen > 2 * 86400 else 0)
+    return Standing(lines, about, 1 if troubles(found, now) or now - seen > 2 * 86400 else 0)
 
 
-def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: World) -> list[Outcome]:
-    """Tell whom `alert` names, if that is news to them, and write `metrics`; what could not be told is owed."""
-    run, now, failed = settings.run, world.now(), {}
+def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: World) -> Iterator[Outcome]:
+    """Tell those whom `alert` names, if it is news to them, and write `metrics`; what could not be told is owed."""
+    run, now = settings.run, world.now()
     if not run.alert and not run.metrics:
-        return []
+        return
     found = standing(settings, world)
-    overdue = late(found.about["certificates"], now)
-    wrong = (*problems(found.about["certificates"], now), *overdue)
-    subject = f"wucme on {run.host}: {f'{len(wrong)} problems' if wrong else 'all is well again'}"
-    text = "\n".join([subject, "", *wrong, *[""] * bool(wrong), *found.lines, ""])
-    told = {"WUCME_SUBJECT": subject, "WUCME_PROBLEMS": str(len(wrong)), "WUCME_HOST": run.host,
-            "WUCME_DIRECTORY": run.directory}
+    late = overdue(found.about["certificates"], now)
+    wrong = (*troubles(found.about["certificates"], now), *late)
+    environment, text = alert_text(run, wrong, found.lines)
     ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in run.alert}
     for item in run.alert:
         last = ledger.alarms.get(item, Alarm())
-        if wrong != last.problems or (overdue and now - last.at > ALARM_SECONDS):
-            failed[item] = run_item(items[item], {**child_environment(), **told}, settings.default.load_timeout, world,
-                                    title="alert", given=text)
-            if not failed[item]:
-                ledger.alarms[item] = Alarm(wrong, now)
+        if wrong == last.problems and not (late and now - last.at > ALARM_SECONDS):
+            continue
+        problem = run_item(items[item], {**child_environment(), **environment}, settings.default.load_timeout, world,
+                           title="alert", given=text)
+        log(f"alert failed: {item}: {problem}" if problem else f"alert succeeded: {item}", wrong=bool(problem))
+        if problem:
+            yield Outcome(item, "owed", problem, True)
+        else:
+            ledger.alarms[item] = Alarm(wrong, now)
+    save(ledger)
     try:
         if run.metrics:
             replace(run.metrics, metrics_text(found.about).encode(), 0o644)
-        ledger.save()
     except OSError as error:
-        failed[run.metrics] = sentence(error)
-    for item, problem in failed.items():
-        log(f"alert {'failed' if problem else 'succeeded'}: {item}{f': {problem}' if problem else ''}", bool(problem))
-    return [Outcome(item, "owed", problem, True) for item, problem in failed.items() if problem]
+        log(f"metrics cannot be written: {sentence(error)}", wrong=True)
+        yield Outcome(run.metrics, "owed", sentence(error), True)
 
 
 def examine(inventory: Inventory, request: Request, now: float) -> list[Decision]:

@@ -754,7 +754,8 @@ def reachable() -> Iterator[Path]:
 class WebServer(Server):
     """A server of Debian's with TLS sites on one port, told apart by name, and its own configuration."""
 
-    protocol = ""       # what STARTTLS is spoken in
+    protocol = ""               # what STARTTLS is spoken in
+    broken = "nonsense on;"     # what spoils its configuration
 
     def __init__(self, directory: Path, sites: Sequence[Site], *, extra: str = "") -> None:
         super().__init__(directory)
@@ -863,6 +864,8 @@ class Haproxy(WebServer):
 class Caddy(WebServer):
     """caddy, as Debian has it."""
 
+    broken = "nonsense.example {\n nonsense\n}"
+
     def _command(self) -> list[str]:
         """Names the program and its arguments."""
         return [program("caddy"), "run", "--config", str(self.config), "--adapter", "caddyfile"]
@@ -885,6 +888,7 @@ class Lighttpd(WebServer):
     """lighttpd with its OpenSSL module; as root it becomes the user `user` once it listens."""
 
     user = ""
+    broken = 'include "/nonsense"'
 
     def _command(self) -> list[str]:
         """Names the program and its arguments."""
@@ -898,7 +902,6 @@ class Lighttpd(WebServer):
         return "\n".join([
             'server.modules = ("mod_openssl")',
             f'server.document-root = "{self.directory}"\nserver.bind = "127.0.0.1"\nserver.port = {self.port}',
-            f'server.errorlog = "{self.directory}/error.log"',
             f'server.username = "{self.user}"' if self.user else "",
             f'ssl.engine = "enable"\nssl.pemfile = "{site.certificate}"\nssl.privkey = "{site.key}"',
             self.extra + "\n",
@@ -972,6 +975,7 @@ class Dovecot(WebServer):
     """dovecot, for one site: IMAP and POP3 with STARTTLS. Needs root."""
 
     protocol = "imap"
+    broken = "nonsense = on"
 
     def _command(self) -> list[str]:
         """Names the program and its arguments."""
@@ -997,6 +1001,41 @@ class Dovecot(WebServer):
             f"service pop3-login {{\n chroot =\n{listeners['pop3']}{listeners['pop3s']}}}",
             self.extra + "\n",
         ])
+
+
+class Sshd(Server):
+    """sshd that lets one key in, to run one command; `config` is for ssh, in which `hosts` are this one."""
+
+    def __init__(self, directory: Path, command: Path, *hosts: str) -> None:
+        super().__init__(directory)
+        self.command = command
+        self.hosts = hosts
+        self.port = free_ports(1)[0]
+        self.config = self.directory / "ssh_config"
+
+    def _start(self) -> None:
+        """Makes the keys, then starts it; as root with a /run of its own, which must have a certain directory."""
+        server, keygen = program("sshd"), program("ssh-keygen")
+        for name in ("host", "user"):
+            key = ["-q", "-t", "ed25519", "-N", "", "-f", str(self.directory / name)]
+            subprocess.run([keygen, *key], check=True)
+        public = (self.directory / "user.pub").read_text()
+        (self.directory / "authorized_keys").write_text(f'command="{self.command}",restrict {public}')
+        (self.directory / "sshd_config").write_text(
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.directory}/host\nPidFile none\n"
+            f"AuthorizedKeysFile {self.directory}/authorized_keys\nStrictModes no\nUsePAM no\n"
+        )
+        self.config.write_text(
+            f"Host {' '.join(self.hosts)}\n HostName 127.0.0.1\n Port {self.port}\n"
+            f" IdentityFile {self.directory}/user\n"
+            f" StrictHostKeyChecking no\n UserKnownHostsFile {self.directory}/known_hosts\n"
+            f"Host *\n HostName 127.0.0.1\n Port {free_ports(1)[0]}\n"
+        )
+        command = [server, "-D", "-e", "-f", str(self.directory / "sshd_config")]
+        if os.geteuid() == 0:
+            script = 'mount -t tmpfs none /run; mkdir -m 755 /run/sshd; exec "$@"'
+            command = [program("unshare"), "-m", "sh", "-c", script, "sh", *command]
+        self._run("sshd", command, lambda: connects(self.port))
 
 
 class _Hello(socketserver.BaseRequestHandler):
