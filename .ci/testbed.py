@@ -362,7 +362,8 @@ class Bind(Server):
             [ "$where" ] && exec {dig} $words
             exec {ask} $words
             """)
-        self._tool("nsupdate", f'exec {nsupdate} -p {self.port} -k {shlex.quote(str(self.key_file))} "$@"\n')
+        given = f"-p {self.port} -k {shlex.quote(str(self.key_file))}"
+        self._tool("nsupdate", f"sed 's/^ *server localhost[.]*/server 127.0.0.1/' | {nsupdate} {given} \"$@\"\n")
         for zone, records in ({} if self.of else {**self.zones, ".": ("localhost A 127.0.0.1",)}).items():
             self._zone_file(zone).write_text("\n".join(self._zone(zone, records)) + "\n")
         config = self.directory / "named.conf"
