@@ -4145,9 +4145,7 @@ class TestHooks:
 
     @pytest.mark.servers
     def test_uacmes_own_hook_for_a_web_root(self, host: Host, pebble: testbed.Pebble, tmp_path: Path) -> None:
-        hook = Path("/usr/share/uacme/uacme.sh")
-        if not hook.exists():
-            raise testbed.Missing("uacme is not installed here")
+        hook = testbed.setup("uacme") / "uacme.sh"
         with Documents(pebble.http_port, lambda path: content(tmp_path / path.rpartition("/")[2])):
             host.write(listen="", hook=f"uacme:{hook}")
             done = host.run("issue", "a.example.test", "b.example.test", UACME_CHALLENGE_PATH=str(tmp_path))
@@ -4155,11 +4153,11 @@ class TestHooks:
         assert not [path for path in tmp_path.iterdir() if len(path.name) == 43], "its tokens are gone"
 
     @pytest.mark.servers
-    def test_uacmes_own_hook_for_the_dns(self, zone: Host, bind: testbed.Bind) -> None:
-        hook = Path("/usr/share/uacme/nsupdate.sh")
-        if not hook.exists():
-            raise testbed.Missing("uacme is not installed here")
-        zone.environment["PATH"] = bind.path
+    def test_uacmes_own_hook_for_the_dns(self, zone: Host, bind: testbed.Bind, tmp_path: Path) -> None:
+        hook = testbed.setup("uacme") / "nsupdate.sh"
+        (tmp_path / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")
+        (tmp_path / "sleep").chmod(0o755)       # or each call takes five seconds
+        zone.environment["PATH"] = f"{tmp_path}:{bind.path}"
         zone.write(nsupdate="", hook=f"uacme:{hook}")
         done = zone.run("issue", "u1.example.test", "*.u2.example.test")
         assert done.status == 0, done.err
@@ -4167,9 +4165,7 @@ class TestHooks:
 
     @pytest.mark.servers
     def test_the_example_of_dehydrated(self, zone: Host, bind: testbed.Bind, tmp_path: Path) -> None:
-        example = Path("/usr/share/doc/dehydrated/examples/hook.sh")
-        if not example.exists():
-            raise testbed.Missing("dehydrated is not installed here")
+        example = testbed.setup("dehydrated") / "hook.sh"
         text, count = re.subn(r"# (printf 'server .* nsupdate) -k \S+", r"\1", example.read_text())
         assert count == 2, "its own lines for nsupdate, which it offers as comments"
         (tmp_path / "hook.sh").write_text(text)
@@ -4283,6 +4279,7 @@ class TestChallenges:
         failure = next(line for line in done.lines if "failed: " in line)
         assert "nsupdate" in failure
         assert re.search("NOTAUTH|BADSIG|bad", failure)
+        assert "stays behind" not in done.err, "for nothing was set"
         assert bind.ask("_acme-challenge.three.example.test") == []
 
     @pytest.mark.servers
@@ -4510,7 +4507,7 @@ class TestChallenges:
             (tmp_path / "bad.csr").write_bytes(bad)
             refused = host.run("issue", "--csr", tmp_path / "bad.csr")
             assert refused.status in (1, 2)
-            assert f"{tmp_path}/bad.csr" in refused.err
+            assert "--csr" in refused.err
 
 
 @pytest.mark.process
