@@ -13,6 +13,7 @@ import email.utils
 import gc
 import hashlib
 import http.client
+import http.server
 import imaplib
 import ipaddress
 import itertools
@@ -4218,6 +4219,695 @@ class TestListenerAndOrder:
         done = lab.run("issue", "*.example.test")
         assert "http-01 cannot prove it; set challenge = dns-01 or dns-persist-01" in done.err
         assert orders(fake) == 0
+
+
+@pytest.fixture(scope="session")
+def bind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Bind]:
+    """A real name server, one for all tests."""
+    with testbed.Bind(tmp_path_factory.mktemp("bind")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def pebble_of_bind(bind: testbed.Bind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Pebble]:
+    """The test CA, asking that name server."""
+    directory = tmp_path_factory.mktemp("pebble_of_bind")
+    with testbed.Pebble(directory, binaries=testbed.pebble_binaries(), dns=bind.address) as ca:
+        yield ca
+
+
+@pytest.fixture
+def zone(bind: testbed.Bind, pebble_of_bind: testbed.Pebble, tmp_path: Path) -> Host:
+    """A host whose CA asks a name server that the host may change."""
+    host = Host(tmp_path, pebble_of_bind.directory_url, pebble_of_bind.ca_file)
+    host.settings.update(listen="", challenge="dns-01", nsupdate=f"{bind.key_file} {bind.address}")
+    host.write()
+    return host
+
+
+@pytest.fixture(scope="session")
+def caddy(bind: testbed.Bind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.CaddyCA]:
+    """A second CA, of other people's code."""
+    names = ["tls.example.test", "www.tls.example.test"] if os.geteuid() == 0 else []
+    directory = tmp_path_factory.mktemp("caddy")
+    with testbed.CaddyCA(directory, binary=testbed.setup("caddy"), dns=bind.address, tls_names=names) as ca:
+        yield ca
+
+
+@pytest.fixture
+def other(caddy: testbed.CaddyCA, tmp_path: Path) -> Host:
+    """A host whose CA is the second one."""
+    return Host(tmp_path, caddy.directory_url, caddy.ca_file, f"127.0.0.1:{caddy.http_port}")
+
+
+def recorder(directory: Path, script: str = "", name: str = "hook") -> Path:
+    """A hook that notes how it is called, in NAME.notes, and then runs a shell script."""
+    hook, note = directory / name, "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
+    hook.write_text(f'#!/bin/sh\n{sys.executable} -S -c {shlex.quote(note)} "$@" >> {directory}/{name}.notes\n'
+                    + textwrap.dedent(script))
+    hook.chmod(0o755)
+    return hook
+
+
+def noted(hook: Path) -> list[tuple[list[str], dict[str, str]]]:
+    """How a recorder was called: arguments and environment of each call."""
+    notes = hook.with_name(f"{hook.name}.notes")
+    return [tuple(json.loads(line)) for line in notes.read_text().splitlines()] if notes.exists() else []
+
+
+def arguments(hook: Path) -> list[str]:
+    """The arguments of each call of a recorder, in a line."""
+    return [" ".join(call) for call, _ in noted(hook)]
+
+
+class Documents:
+    """A web server of somebody else's, that answers with what `find` finds for a path."""
+
+    def __init__(self, port: int, find: Callable[[str], bytes | None]) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = find(self.path)
+                self.send_response(200 if body else 404)
+                self.end_headers()
+                self.wfile.write(body or b"")
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+
+    def __enter__(self) -> Documents:
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def validating(hook: Path, met: dict[str, dict[str, str]]) -> Callable[[str, str, str], bool]:
+    """A way to validate that is content, and notes the answers that a hook should have got and its calls so far."""
+    def validate(name: str, token: str, text: str) -> bool:
+        digest = hashlib.sha256(text.encode()).digest()
+        met[name] = {"name": name, "token": token, "text": text, "hex": digest.hex(), "digest": fakeca.b64(digest),
+                     "calls": str(len(noted(hook)))}
+        return True
+
+    return validate
+
+
+HOOKS = [       # family and type; the arguments of begin and end; what stands in the environment, and what must not
+    ("uacme", "http-01", "begin http-01 {name} {token} {text}", "done http-01 {name} {token} {text}",
+     {"UACME_TYPE": "http-01", "UACME_IDENT": "{name}", "UACME_TOKEN": "{token}", "UACME_AUTH": "{text}"}),
+    ("uacme", "dns-01", "begin dns-01 {name} {token} {digest}", "done dns-01 {name} {token} {digest}",
+     {"UACME_TYPE": "dns-01", "UACME_AUTH": "{digest}"}),
+    ("uacme", "tls-alpn-01", "begin tls-alpn-01 {name} {token} {digest}", "done tls-alpn-01 {name} {token} {digest}",
+     {"UACME_VERBOSE": "0"}),
+    ("dehydrated", "http-01", "deploy_challenge {name} {token} {text}", "clean_challenge {name} {token} {text}",
+     {"CHALLENGETYPE": "http-01"}),
+    ("dehydrated", "dns-01", "deploy_challenge {name} {token} {digest}", "clean_challenge {name} {token} {digest}",
+     {"CHALLENGETYPE": "dns-01"}),
+    ("dehydrated", "tls-alpn-01", "deploy_challenge {name} {token} {hex}", "clean_challenge {name} {token} {hex}",
+     {"CHALLENGETYPE": "tls-alpn-01"}),
+    ("certbot", "http-01", "", "", {"CERTBOT_DOMAIN": "{name}", "CERTBOT_IDENTIFIER": "{name}",
+                                    "CERTBOT_VALIDATION": "{text}", "CERTBOT_TOKEN": "{token}"}),
+    ("certbot", "dns-01", "", "", {"CERTBOT_VALIDATION": "{digest}", "CERTBOT_TOKEN": None}),
+    ("mod_md", "dns-01", "setup {name} {digest}", "teardown {name} {digest}", {}),
+]
+END = {"uacme": "failed ", "dehydrated": "clean_challenge ", "mod_md": "teardown ", "certbot": ""}
+
+
+@pytest.mark.process
+class TestHooks:
+    """Hooks of other programs, called as those call them."""
+
+    @pytest.mark.parametrize("case", HOOKS, ids=lambda case: f"{case[0]}-{case[1]}")
+    def test_a_hook_is_called_as_its_family_is(
+            self, case: tuple[str, str, str, str, Mapping[str, str | None]], fake: fakeca.FakeCA, lab: Host,
+            tmp_path: Path) -> None:
+        family, kind, begin, end, environment = case
+        hook, ends = recorder(tmp_path, "echo set by $$"), recorder(tmp_path, name="ends")
+        met: dict[str, dict[str, str]] = {}
+        fake.validate = validating(hook, met)
+        wildcard = "*." if kind == "dns-01" else ""
+        setting = f"{family}:{hook}" + (f",{ends}" if family == "certbot" else "")
+        lab.write(challenge=kind, listen="", hook=setting,
+                  sections=f"[a.example.test]\nnames = {wildcard}a.example.test b.example.test\n")
+        done = lab.run()
+        assert done.status == 0, done.err
+        assert {one["calls"] for one in met.values()} == {"2"}, "all are published before any is validated"
+        calls = noted(hook) + noted(ends)
+        for expected, found in [(begin, calls[:2]), (end, calls[2:])]:
+            assert sorted(" ".join(call) for call, _ in found) == sorted(
+                expected.format_map(one) for one in met.values())
+        for one, (call, told) in itertools.product(met.values(), calls):
+            if one["name"] in call or told.get("CERTBOT_DOMAIN") == one["name"]:
+                assert {key: told.get(key) for key in environment} == {
+                    key: text and text.format_map(one) for key, text in environment.items()}
+
+    def test_certbot_hooks_are_told_of_the_rest(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        begin = recorder(tmp_path, "echo '  id 17 '; echo and more; echo for me >&2")
+        end = recorder(tmp_path, name="end")
+        fake.always_valid = True
+        lab.write(challenge="dns-01", listen="", hook=f"certbot:{begin} --one 'a word' && true,{end} --two",
+                  sections="[a.example.test]\nnames = a.example.test *.a.example.test b.example.test\n")
+        done = lab.run()
+        assert done.status == 0, done.err
+        assert [call for call, _ in noted(begin)] == [["--one", "a word"]] * 3, "the shell takes the command"
+        assert [told["CERTBOT_REMAINING_CHALLENGES"] for _, told in noted(begin)] == ["2", "1", "0"]
+        names = {"a.example.test", "b.example.test"}
+        assert {name for _, told in noted(begin) for name in told["CERTBOT_ALL_DOMAINS"].split(",")} >= names
+        assert all("CERTBOT_AUTH_OUTPUT" not in told for _, told in noted(begin))
+        assert len(noted(end)) == 3
+        assert all(told["CERTBOT_AUTH_OUTPUT"].startswith("id 17 \nand more") for _, told in noted(end))
+
+    def test_a_certbot_hook_that_fails_is_noted_and_no_more(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path
+                                                            ) -> None:
+        hook = recorder(tmp_path, "exit 3")
+        fake.always_valid = True
+        lab.write(challenge="dns-01", listen="", hook=f"certbot:{hook},{hook}")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 0, done.err
+        assert "hook failed: exit status 3" in done.err
+        assert len(noted(hook)) == 2
+
+    def test_a_hook_may_decline_and_the_next_type_has_an_order_of_its_own(
+            self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        hook = recorder(tmp_path, '[ "$2" = http-01 ]')
+        fake.always_valid = True
+        lab.write(challenge="dns-01 http-01", listen="", hook=f"uacme:{hook}")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 0, done.err
+        calls = [call.split()[:2] for call in arguments(hook)]
+        assert calls == [["begin", "dns-01"], ["begin", "http-01"], ["done", "http-01"]], "no end of what was declined"
+        assert orders(fake) == 2
+        assert [payload for _, path, payload in fake.requests if path.startswith("/authz") and payload] == [
+            {"status": "deactivated"}], "what the first order left pending"
+
+    def test_a_hook_that_declines_everything(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        hook = recorder(tmp_path, "echo not mine; exit 1")
+        lab.write(challenge="http-01 dns-01 tls-alpn-01", listen="", listen_tls="", hook=f"uacme:{hook}")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 1
+        assert [call.split()[0] for call in arguments(hook)] == ["begin"] * 3
+        assert len([line for line in done.lines if "failed: " in line]) == 1
+        assert "not mine" in done.err
+        assert lab.left() <= {"wucme_k_a.example.test.pem_tmp"}, "of the order that the next run takes up"
+
+    @pytest.mark.parametrize("family", ["uacme", "dehydrated", "mod_md"])
+    def test_what_was_begun_is_ended_when_a_later_name_fails(self, family: str, fake: fakeca.FakeCA, lab: Host,
+                                                             tmp_path: Path) -> None:
+        hook = recorder(tmp_path, f"""
+            case "$1 $*" in begin*b.example*|deploy*b.example*|setup*b.example*) [ -e {tmp_path}/mended ];; esac
+            """)
+        fake.always_valid = True
+        lab.write(challenge="dns-01", listen="", hook=f"{family}:{hook}",
+                  sections="[a.example.test]\nnames = a.example.test b.example.test\n")
+        done = lab.run()
+        assert done.status == 1
+        assert "b.example.test" in "".join(line for line in done.lines if "failed: " in line)
+        ends = [call for call in arguments(hook) if call.startswith(END[family])]
+        assert len([call for call in ends if "a.example.test" in call]) == 1
+        assert not any(path.startswith("/challenge") for _, path, _ in fake.requests)
+        (tmp_path / "mended").touch()
+        assert lab.run().status == 0
+        assert orders(fake) == 1, "the order is taken up again"
+
+    @pytest.mark.parametrize("family", ["uacme", "dehydrated", "mod_md", "certbot"])
+    def test_what_was_begun_is_ended_when_the_ca_is_not_content(self, family: str, fake: fakeca.FakeCA, lab: Host,
+                                                                tmp_path: Path) -> None:
+        hook, end = recorder(tmp_path), recorder(tmp_path, name="end")
+        fake.failing_names = {"a.example.test"}
+        lab.write(challenge="dns-01", listen="", hook=f"{family}:{hook}" + (f",{end}" if family == "certbot" else ""))
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 1
+        last = (noted(end) or noted(hook))[-1]
+        assert " ".join(last[0]).startswith(END[family])
+        assert "a.example.test" in [*last[0], last[1].get("CERTBOT_DOMAIN")]
+
+    def test_a_hook_that_hangs_is_killed_with_its_children(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path
+                                                           ) -> None:
+        hook = recorder(tmp_path, f'[ "$1" != begin ] || {{ sleep 321 & echo $! > {tmp_path}/child; wait; }}')
+        lab.write(challenge="dns-01", listen="", hook=f"uacme:{hook}", load_timeout="1s")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 1
+        assert re.search(r"failed: .*hook.* 1 s", done.err), done.err
+        wait_until(lambda: not alive(int((tmp_path / "child").read_text())))
+
+    def test_what_a_hook_prints_is_bounded_and_harmless(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        hook = recorder(tmp_path, r"printf '\033[31mred\007\n'; yes flood | head -n 100000")
+        fake.always_valid = True
+        lab.write(challenge="dns-01", listen="", hook=f"uacme:{hook}")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 0
+        log = (lab.directory / "wucme.log").read_text()
+        assert r"\x1b[31mred\x07" in log
+        assert len(log) < 2_000_000
+        assert "\x1b" not in log + done.err
+
+    def test_a_hook_is_handed_no_secret(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        hook = recorder(tmp_path)
+        fake.always_valid = True
+        lab.write(challenge="dns-01", listen="", hook=f"uacme:{hook}")
+        assert lab.run("issue", "a.example.test").status == 0
+        told = (tmp_path / "hook.notes").read_text()
+        for key in lab.directory.glob("wucme_k_*.pem"):
+            assert key.read_text().splitlines()[1] not in told
+
+    @pytest.mark.parametrize("hook", ["uacme:{}/missing", "dehydrated:{}/missing"])
+    def test_a_hook_that_is_not_there(self, hook: str, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        lab.write(challenge="dns-01", listen="", hook=hook.format(tmp_path))
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 1
+        assert f"{tmp_path}/missing" in done.err
+
+    def test_a_hook_that_anyone_may_write(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("only root needs to care")
+        hook = recorder(tmp_path)
+        hook.chmod(0o777)
+        lab.write(challenge="dns-01", listen="", hook=f"uacme:{hook}")
+        assert "anyone may write" in lab.run("issue", "a.example.test").err
+        assert not noted(hook)
+
+    @pytest.mark.servers
+    def test_uacmes_own_hook_for_a_web_root(self, host: Host, pebble: testbed.Pebble, tmp_path: Path) -> None:
+        hook = testbed.setup("uacme") / "uacme.sh"
+        with Documents(pebble.http_port, lambda path: content(tmp_path / path.rpartition("/")[2])):
+            host.write(listen="", hook=f"uacme:{hook}")
+            done = host.run("issue", "a.example.test", "b.example.test", UACME_CHALLENGE_PATH=str(tmp_path))
+        assert done.status == 0, done.err
+        assert not [path for path in tmp_path.iterdir() if len(path.name) == 43], "its tokens are gone"
+
+    @pytest.mark.servers
+    def test_uacmes_own_hook_for_the_dns(self, zone: Host, bind: testbed.Bind, tmp_path: Path) -> None:
+        hook = testbed.setup("uacme") / "nsupdate.sh"
+        (tmp_path / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")
+        (tmp_path / "sleep").chmod(0o755)       # or each call takes five seconds
+        zone.environment["PATH"] = f"{tmp_path}:{bind.path}"
+        zone.write(nsupdate="", hook=f"uacme:{hook}")
+        done = zone.run("issue", "u1.example.test", "*.u2.example.test")
+        assert done.status == 0, done.err
+        assert bind.ask("_acme-challenge.u1.example.test") == bind.ask("_acme-challenge.u2.example.test") == []
+
+    @pytest.mark.servers
+    def test_the_example_of_dehydrated(self, zone: Host, bind: testbed.Bind, tmp_path: Path) -> None:
+        example = testbed.setup("dehydrated") / "hook.sh"
+        text, count = re.subn(r"# (printf 'server .* nsupdate) -k \S+", r"\1", example.read_text())
+        assert count == 2, "its own lines for nsupdate, which it offers as comments"
+        (tmp_path / "hook.sh").write_text(text)
+        (tmp_path / "hook.sh").chmod(0o755)
+        zone.environment["PATH"] = bind.path
+        zone.write(nsupdate="", hook=f"dehydrated:{tmp_path}/hook.sh")
+        done = zone.run("issue", "d.example.test", "*.d.example.test")
+        assert done.status == 0, done.err
+        assert bind.ask("_acme-challenge.d.example.test") == []
+
+    @pytest.mark.servers
+    def test_a_lego_hook_is_called_with_where_the_record_stands_in_the_end(
+            self, zone: Host, bind: testbed.Bind, tmp_path: Path) -> None:
+        hook = recorder(tmp_path, f"""
+            [ "$1" = present ] && do=add || do=delete
+            printf "server 127.0.0.1 {bind.port}\\nupdate $do $2 1 TXT $3\\nsend\\n" | nsupdate
+            """)
+        zone.environment["PATH"] = bind.path
+        zone.write(nsupdate="", hook=f"lego:{hook}")
+        done = zone.run("issue", "l.example.test", "*.alias.example.test")
+        assert done.status == 0, done.err
+        calls = [call for call, _ in noted(hook)]
+        assert sorted(call[0] for call in calls) == ["cleanup"] * 2 + ["present"] * 2
+        assert {call[1] for call in calls} == {"_acme-challenge.l.example.test.", "alias.validation.elsewhere.test."}
+        assert len({call[2] for call in calls}) == 2
+        assert bind.ask("alias.validation.elsewhere.test") == []
+
+
+def greeted(port: int, name: str, protocol: str) -> bytes | None:
+    """The certificate that a TLS server shows for a name and an ALPN protocol; None where it takes neither."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols([protocol])
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5) as plain, \
+            context.wrap_socket(plain, server_hostname=name) as secure:
+        return secure.getpeercert(True) if secure.selected_alpn_protocol() == protocol else None
+    return None
+
+
+def content(path: Path) -> bytes | None:
+    """What a file holds; None where there is none."""
+    return path.read_bytes() if path.is_file() else None
+
+
+@pytest.mark.pebble
+@pytest.mark.process
+class TestChallenges:
+    """All types of challenges, each answered in all ways that there are."""
+
+    @pytest.mark.servers
+    def test_dns_by_nsupdate(self, zone: Host, bind: testbed.Bind) -> None:
+        bind.update('add _acme-challenge.one.example.test 1 TXT "of another"')
+        done = zone.run("issue", "one.example.test")
+        assert done.status == 0, done.err
+        zone.pair("one.example.test")
+        assert bind.ask("_acme-challenge.one.example.test") == ["of another"]
+        assert zone.run("renew", "--force").status == 0
+
+    @pytest.mark.servers
+    def test_a_wildcard_and_its_base_share_a_record(self, zone: Host, bind: testbed.Bind) -> None:
+        done = zone.run("issue", "two.example.test", "*.two.example.test")
+        assert done.status == 0, done.err
+        assert set(wucme.facts(zone.pair("two.example.test")[0]).names) == {"*.two.example.test", "two.example.test"}
+        assert bind.ask("_acme-challenge.two.example.test") == []
+
+    @pytest.mark.servers
+    @pytest.mark.parametrize("name", ["alias", "chained"])
+    def test_a_record_is_set_where_a_cname_leads(self, name: str, zone: Host, bind: testbed.Bind) -> None:
+        done = zone.run("issue", f"{name}.example.test", f"*.{name}.example.test")
+        assert done.status == 0, done.err
+        assert f"setting {name}.validation.elsewhere.test. TXT " in done.err
+        assert bind.ask(f"{name}.validation.elsewhere.test") == []
+
+    @pytest.mark.servers
+    @pytest.mark.parametrize("patience", ["60s", "1s"])
+    def test_every_name_server_is_waited_for(self, patience: str, fake: fakeca.FakeCA, tmp_path: Path) -> None:
+        addresses = [testbed.own_address(53), testbed.own_address(53)]
+        zones = {"example.test": ["* A 127.0.0.1"]}
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(testbed.Bind(tmp_path / "first", zones, servers=addresses))
+            second = stack.enter_context(testbed.Bind(tmp_path / "second", zones, of=first))
+            for address, server in zip(addresses, (first, second)):
+                stack.enter_context(testbed.port_53(address, server.port))
+            fake.validate = lambda name, token, text: fakeca.b64(hashlib.sha256(text.encode()).digest()) in second.ask(
+                f"_acme-challenge.{name}")
+            host = Host(tmp_path, fake.url, fake.ca_file)
+            host.environment["PATH"] = first.path
+            host.write(listen="", challenge="dns-01", nsupdate=f"{first.key_file} {addresses[0]}", dns_wait=patience)
+            with host.start("issue", "lag.example.test") as process:
+                wait_until(lambda: first.ask("_acme-challenge.lag.example.test"))
+                if patience == "60s":
+                    assert process.poll() is None
+                    assert not any(path.startswith("/challenge") for _, path, _ in fake.requests)
+                    second.refresh()
+                _, said = process.communicate(timeout=30)
+            assert first.ask("_acme-challenge.lag.example.test") == []
+        assert process.returncode == (0 if patience == "60s" else 1), said
+        if patience == "1s":
+            assert "ns2.example.test" in said
+            assert "dns_wait" in said
+            assert not any(path.startswith("/challenge") for _, path, _ in fake.requests)
+
+    @pytest.mark.servers
+    def test_a_wrong_key_is_said_and_leaves_nothing(self, zone: Host, bind: testbed.Bind, tmp_path: Path) -> None:
+        (tmp_path / "wrong.key").write_text(re.sub('secret ".', 'secret "A' if 'secret "B' in bind.key_file.read_text()
+                                                   else 'secret "B', bind.key_file.read_text()))
+        (tmp_path / "wrong.key").chmod(0o600)
+        zone.write(nsupdate=f"{tmp_path}/wrong.key {bind.address}")
+        done = zone.run("issue", "three.example.test")
+        assert done.status == 1
+        failure = next(line for line in done.lines if "failed: " in line)
+        assert "nsupdate" in failure
+        assert re.search("NOTAUTH|BADSIG|bad", failure)
+        assert "stays behind" not in done.err, "for nothing was set"
+        assert bind.ask("_acme-challenge.three.example.test") == []
+
+    @pytest.mark.servers
+    @pytest.mark.parametrize(("setting", "said"), [("/nonexistent/key", "/nonexistent/key"),
+                                                   ("{key} 127.0.0.1:1", "127.0.0.1")])
+    def test_updates_that_cannot_be(self, setting: str, said: str, zone: Host, bind: testbed.Bind) -> None:
+        zone.write(nsupdate=setting.format(key=bind.key_file))
+        done = zone.run("issue", "four.example.test")
+        assert done.status == 1
+        assert said in done.err
+        assert "Traceback" not in done.err
+
+    @pytest.mark.servers
+    def test_a_lasting_record_is_asked_for_once(self, zone: Host, bind: testbed.Bind) -> None:
+        zone.environment["PATH"] = bind.path
+        zone.write(nsupdate="", challenge="dns-persist-01")
+        bind.update('add _validation-persist.five.example.test 1 TXT "other.example; accounturi=https://other.example/1"')
+        done = zone.run("issue", "five.example.test")
+        assert done.status == 1
+        record = re.search(r'(_validation-persist\.five\.example\.test)\S* .*TXT "(.*?accounturi=.*?)"', done.err)
+        assert record, done.err
+        assert "other.example/1" in done.err, "what was found instead"
+        bind.update(f'add {record[1]} 1 TXT "{record[2]}"')
+        assert zone.run("issue", "five.example.test").status == 0
+        assert zone.run("renew", "--force").status == 0
+        assert record[2] in bind.ask(record[1]), "it stays"
+
+    @pytest.mark.servers
+    def test_a_lasting_record_for_a_wildcard_says_so(self, zone: Host, bind: testbed.Bind) -> None:
+        zone.environment["PATH"] = bind.path
+        zone.write(nsupdate="", challenge="dns-persist-01")
+        said = zone.run("issue", "*.six.example.test", "six.example.test").err
+        record = re.search(r'TXT "([^"]*; policy=wildcard)"', said)
+        assert record, said
+        bind.update(f'add _validation-persist.six.example.test 1 TXT "{record[1].replace("; policy=wildcard", "")}"')
+        assert zone.run("issue", "*.six.example.test", "six.example.test").status == 1, "that of the base is too little"
+        bind.update(f'add _validation-persist.six.example.test 1 TXT "{record[1]}"')
+        done = zone.run("issue", "*.six.example.test", "six.example.test")
+        assert done.status == 0, done.err
+
+    @pytest.mark.servers
+    @pytest.mark.parametrize("draft", [0, 1, 2])
+    @pytest.mark.parametrize("wildcard", ["", "*."])
+    def test_lasting_records_of_each_draft(self, draft: int, wildcard: str, fake: fakeca.FakeCA, lab: Host,
+                                           bind: testbed.Bind) -> None:
+        fake.draft, fake.records = draft, bind.ask
+        name = f"draft{draft}{'w' * len(wildcard)}.example.test"
+        lab.environment["PATH"] = bind.path
+        lab.write(listen="", challenge="dns-persist-01")
+        record = re.search(rf'(_validation-persist\.{name})\S* .*TXT "(.*?)"', lab.run("issue", wildcard + name).err)
+        assert record
+        bind.update(f'add {record[1]} 1 TXT "{record[2]}"')
+        done = lab.run("issue", wildcard + name)
+        assert done.status == 0, done.err
+        assert ("account-hash/sha-256/" in record[2]) == (draft == 2)
+
+    def test_the_check_value_of_lasting_records(self) -> None:
+        assert fakeca.account_digest("example.com", "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs",
+                                     "https://ca.example/acct/123") == "5SQm7n6tPh2-PlLbCKGnViTXX5z19SCN4cPGQHSk-kw"
+
+    def test_tls_alpn(self, host: Host, pebble: testbed.Pebble) -> None:
+        host.write(challenge="tls-alpn-01", listen="",
+                   listen_tls=f"127.0.0.1:{pebble.tls_port} [::1]:{pebble.tls_port}")
+        names = ["a.example.test", "b.example.test", "127.0.0.1", "::1"]
+        done = host.run("issue", *names)
+        assert done.status == 0, done.err
+        assert set(wucme.facts(host.pair()[0]).names) == set(names)
+        assert not host.left()
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", pebble.tls_port)) != 0
+
+    def test_the_tls_alpn_listener_shows_its_certificate_to_that_question_alone(
+            self, fake: fakeca.FakeCA, lab: Host) -> None:
+        port = testbed.free_ports(1)[0]
+        seen: list[tuple[bytes | None, ...]] = []
+
+        def look(name: str, token: str, text: str) -> bool:
+            questions = [(name, "acme-tls/1"), (name, "http/1.1"), ("other.example.test", "acme-tls/1")]
+            seen.append((*(greeted(port, *question) for question in questions),
+                         b"\x04\x20" + hashlib.sha256(text.encode()).digest()))
+            return True
+
+        fake.validate = look
+        lab.write(challenge="tls-alpn-01", listen="", listen_tls=f"127.0.0.1:{port}")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 0, done.err
+        der, without, of_another, proof = seen[0]
+        assert (without, of_another) == (None, None)
+        extensions = x509.load_der_x509_certificate(der or b"").extensions
+        assert [*extensions.get_extension_for_class(x509.SubjectAlternativeName).value] == [
+            x509.DNSName("a.example.test")]
+        found = extensions.get_extension_for_oid(x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31"))
+        assert isinstance(found.value, x509.UnrecognizedExtension)
+        assert (found.critical, found.value.value) == (True, proof)
+
+    @pytest.mark.servers
+    def test_http_over_ipv6(self, zone: Host, pebble_of_bind: testbed.Pebble) -> None:
+        zone.write(challenge="http-01", nsupdate="", listen=f"[::1]:{pebble_of_bind.http_port}")
+        done = zone.run("issue", "v.six.example.test", "::1")
+        assert done.status == 0, done.err
+        assert set(wucme.facts(zone.pair("v.six.example.test")[0]).names) == {"v.six.example.test", "::1"}
+
+    def test_addresses_over_both_protocols(self, host: Host, pebble: testbed.Pebble) -> None:
+        host.write(listen=f"127.0.0.1:{pebble.http_port} [::1]:{pebble.http_port}")
+        done = host.run("issue", "127.0.0.1", "::1")
+        assert done.status == 0, done.err
+        assert set(wucme.facts(host.pair("127.0.0.1")[0]).names) == {"127.0.0.1", "::1"}
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_web_roots(self, count: int, host: Host, pebble: testbed.Pebble, tmp_path: Path) -> None:
+        roots = [tmp_path / f"root{number}" for number in range(count)]
+        kept = roots[0] / ".well-known"
+        kept.mkdir(parents=True, mode=0o750)
+        roots[-1].mkdir(exist_ok=True)
+        if os.geteuid() == 0:
+            os.chown(kept, 65534, 65534)
+        before = kept.stat()
+        seen: set[int] = set()
+
+        def find(path: str) -> bytes | None:
+            found = {content(root / path.lstrip("/")) for root in roots}
+            seen.update(mode(root / path.lstrip("/")) for root in roots)
+            return found.pop() if len(found) == 1 else None
+
+        host.write(listen="", webroot=" ".join(map(str, roots)))
+        with Documents(pebble.http_port, find):
+            done = host.run("issue", "a.example.test", "b.example.test")
+        assert done.status == 0, done.err
+        assert seen == {0o644}
+        after = kept.stat()
+        assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+        assert not [path for root in roots for path in root.rglob("*") if path.is_file()]
+
+    def test_a_web_root_that_cannot_be_written(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        (tmp_path / "root").write_text("a file")
+        lab.write(listen="", webroot=f"{tmp_path}/root")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 1
+        assert f"{tmp_path}/root" in next(line for line in done.lines if "failed: " in line)
+
+    def test_a_server_that_answers_by_itself(self, host: Host, pebble: testbed.Pebble) -> None:
+        host.write(listen="", stateless="yes")
+
+        def find(path: str) -> bytes:
+            key = wucme.parse_key((host.directory / "wucme_k_account.pem").read_bytes())
+            return f"{path.rpartition('/')[2]}.{wucme.thumbprint(key)}".encode()
+
+        with Documents(pebble.http_port, find):
+            done = host.run("issue", "a.example.test")
+        assert done.status == 0, done.err
+
+    def test_what_is_not_offered_is_passed_over(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        fake.offered = {"unheard-of-01", "dns-persist-01", "http-01"}
+        lab.write(challenge="tls-alpn-01 dns-01 http-01", listen_tls=f"127.0.0.1:{testbed.free_ports(1)[0]}",
+                  hook="mod_md:/bin/true")
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 0, done.err
+        assert orders(fake) == 1
+        assert "unheard" not in done.err
+
+    def test_nothing_that_is_wanted_is_offered(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        fake.offered = {"unheard-of-01", "dns-01"}
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 1
+        assert "dns-01" in next(line for line in done.lines if "failed: " in line)
+
+    def test_a_type_whose_port_is_busy_gives_way_to_the_next(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        port = testbed.free_ports(1)[0]
+        lab.write(challenge="tls-alpn-01 http-01", listen_tls=f"127.0.0.1:{port}")
+        with socket.create_server(("127.0.0.1", port)):
+            done = lab.run("issue", "a.example.test")
+        assert done.status == 0, done.err
+
+    def test_each_name_by_the_type_that_can_prove_it(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        fake.validate = lambda name, token, text: True
+        lab.write(challenge="http-01 dns-01", hook="mod_md:/bin/true")
+        done = lab.run("issue", "a.example.test", "*.b.example.test")
+        assert done.status == 0, done.err
+        kinds = {path.rpartition("/")[2] for _, path, _ in fake.requests if path.startswith("/challenge/")}
+        assert kinds == {"http-01", "dns-01"}
+
+    def test_what_is_left_of_a_failed_order_is_given_up(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        going_on = threading.Event()
+        fake.validate = lambda name, token, text: name != "b.example.test" and going_on.wait(20)
+        try:
+            done = lab.run("issue", "a.example.test", "b.example.test")
+        finally:
+            going_on.set()
+        assert done.status == 1
+        given_up = [path for _, path, payload in fake.requests if payload == {"status": "deactivated"}]
+        assert len(given_up) == 1
+        assert given_up[0].startswith("/authz/")
+
+    def test_rsa_and_ecdsa_side_by_side(self, host: Host, pebble: testbed.Pebble) -> None:
+        host.write(sections="""
+            [a.example.test]
+            [a-rsa]
+            names = a.example.test
+            key = rsa-2048
+            """)
+        done = host.run()
+        assert done.status == 0, done.err
+        kinds = {stem: wucme.facts(host.pair(stem)[0]) for stem in ("a.example.test", "a-rsa")}
+        assert {stem: (facts.kind, facts.names) for stem, facts in kinds.items()} == {
+            "a.example.test": ("ecdsa-p256", ("a.example.test",)), "a-rsa": ("rsa-2048", ("a.example.test",))}
+        assert host.run("renew", "a-rsa", "--force").status == 0
+        assert wucme.facts(host.pair("a-rsa")[0]).kind == "rsa-2048"
+        assert wucme.facts(host.pair()[0]) == kinds["a.example.test"]
+
+    def test_a_request_whose_key_is_elsewhere(self, host: Host, tmp_path: Path) -> None:
+        key = new_key()
+        names = x509.SubjectAlternativeName([x509.DNSName("csr.example.test"), x509.DNSName("www.csr.example.test")])
+        request = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(names, False).sign(
+            key, hashes.SHA256())
+        (tmp_path / "my.csr").write_bytes(request.public_bytes(serialization.Encoding.PEM))
+        done = host.run("issue", "--csr", tmp_path / "my.csr")
+        assert done.status == 0, done.err
+        facts = wucme.facts(host.chain("csr.example.test").read_bytes())
+        assert facts.names == ("csr.example.test", "www.csr.example.test")
+        assert facts.key == wucme.key_hash(key.public_key())
+        assert not host.key("csr.example.test").exists()
+        assert host.run("renew", "--force").status == 0
+        assert host.run().status == 0
+        for bad in (b"", CHAIN, b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"):
+            (tmp_path / "bad.csr").write_bytes(bad)
+            refused = host.run("issue", "--csr", tmp_path / "bad.csr")
+            assert refused.status in (1, 2)
+            assert "--csr" in refused.err
+
+
+@pytest.mark.process
+@pytest.mark.servers
+class TestSecondCertificationAuthority:
+    """The same certificates from Smallstep's code, which has other habits than Let's Encrypt's."""
+
+    def test_http(self, other: Host, caddy: testbed.CaddyCA) -> None:
+        done = other.run("issue", "a.example.test", "b.example.test")
+        assert done.status == 0, done.err
+        chain, key = other.pair()
+        assert verifies(chain, caddy.root(), "b.example.test")
+        assert other.run("renew", "--force").status == 0
+        assert other.pair()[1] == key
+        assert other.run().status == 0
+
+    def test_dns_with_a_wildcard(self, other: Host, bind: testbed.Bind) -> None:
+        other.write(listen="", challenge="dns-01", nsupdate=f"{bind.key_file} {bind.address}")
+        done = other.run("issue", "caddy.example.test", "*.caddy.example.test")
+        assert done.status == 0, done.err
+        assert set(wucme.facts(other.pair("caddy.example.test")[0]).names) == {
+            "caddy.example.test", "*.caddy.example.test"}
+        assert bind.ask("_acme-challenge.caddy.example.test") == []
+
+    def test_tls_alpn_and_addresses(self, other: Host, caddy: testbed.CaddyCA) -> None:
+        if not caddy.tls_names:
+            raise testbed.Missing("only root can lead this CA to a port of ours")
+        address = caddy.tls_address
+        other.write(challenge="tls-alpn-01", listen="", listen_tls=f"{address}:443")
+        done = other.run("issue", *caddy.tls_names, address)
+        assert done.status == 0, done.err
+        assert set(wucme.facts(other.pair(caddy.tls_names[0])[0]).names) == {*caddy.tls_names, address}
+        other.write(listen=f"{address}:80")
+        done = other.run("issue", address)
+        assert done.status == 0, done.err
+
+    def test_a_challenge_that_stays_pending_is_posted_again(self, other: Host, caddy: testbed.CaddyCA) -> None:
+        caddy.refusing = 1
+        done = other.run("issue", "again.example.test")
+        assert caddy.refusing == 0
+        assert done.status == 0, done.err
+
+    def test_a_challenge_that_never_succeeds_ends_with_its_error(self, other: Host, caddy: testbed.CaddyCA) -> None:
+        caddy.refusing = 1000
+        try:
+            done = other.run("issue", "never.example.test")
+        finally:
+            caddy.refusing = 0
+        assert done.status == 1
+        failure = next(line for line in done.lines if "failed: " in line)
+        assert "never.example.test" in failure
+        assert "502" in failure or "connection" in failure
+        assert not other.left()
 
 
 @pytest.mark.process

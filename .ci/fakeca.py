@@ -315,6 +315,11 @@ def thumbprint(jwk: Json) -> str:
     return b64(hashlib.sha256(json.dumps(jwk, sort_keys=True, separators=(",", ":")).encode()).digest())
 
 
+def account_digest(domain: str, thumb: str, url: str) -> str:
+    """Compute how dns-persist-01 names an account from its draft -02 on."""
+    return b64(hashlib.sha256(bytes([len(domain)]) + f"{domain}{thumb}{url}".encode()).digest())
+
+
 def check_signature(jws: Jws, key: Any) -> None:
     """Refuse a JWS that this key has not signed."""
     curve, alg, digest = CURVES.get(f"P-{key.key_size}", (None, "RS256", hashes.SHA256()))
@@ -432,6 +437,8 @@ class FakeCA:
         self.validate: Callable[[str, str, str], bool | Json] = self.fetch
         self.clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc)
         self.days, self.processing_polls, self.poll_after, self.retry_after = 90.0, 0, "", "1"
+        self.offered: set[str] | None = None    # challenge types; None for all
+        self.draft, self.records = 1, cast(Callable[[str], list[str]], lambda name: [])  # of dns-persist-01, and TXT
         self.window: Dates | None = None
         self.window_after = "21600"
         self.requests: list[tuple[str, str, Any]] = []
@@ -566,6 +573,8 @@ class FakeCA:
         meta: Json = {"termsOfService": f"{self.base}/terms", "caaIdentities": ["fakeca.example"],
                       "website": self.base, "externalAccountRequired": bool(self.eab)}
         meta.update({"profiles": self.profiles} if self.profiles else {})
+        hashed = {"issuerDomainNames": ["fakeca.example"], "accountHashPrefix": f"{self.base}/account-hash/"}
+        meta.update(hashed if self.draft == 2 else {})
         return Reply(200, {**{word: f"{self.base}/{path}" for word, path in words.items()}, "meta": meta})
 
     def new_nonce(self, request: Request) -> Reply:
@@ -796,14 +805,16 @@ class FakeCA:
         """Write the challenges: first two that clients may not know, one of them without a token."""
         kinds = ["unheard-of-01", "dns-persist-01"] + ["http-01", "tls-alpn-01"] * (not authz.wildcard)
         kinds += ["dns-01"] * (authz.identifier["type"] == "dns")
-        persist = {"issuer-domain-names": ["fakeca.example"], "accounturi": authz.account.url}
+        kinds = [kind for kind in kinds if self.offered is None or kind in self.offered]
+        persist: Json = {"issuerDomainNames" if self.draft == 2 else "issuer-domain-names": ["fakeca.example"]}
+        persist.update({"accounturi": authz.account.url} if self.draft == 1 else {})
         url, entries = authz.url.replace("/authz/", "/challenge/"), []
         for kind in kinds:
             entry = {"type": kind, "url": f"{url}/{kind}", "status": "pending"}
             if kind == authz.tried:
                 entry["status"] = authz.status if authz.status != "pending" else "processing"
             error = {"error": authz.problem} if kind == authz.tried and authz.problem else {}
-            entries.append({**entry, **(persist if kind == kinds[1] else {"token": authz.token}), **error})
+            entries.append({**entry, **(persist if kind == "dns-persist-01" else {"token": authz.token}), **error})
         return entries
 
     def authz(self, request: Request) -> Reply:
@@ -836,7 +847,9 @@ class FakeCA:
         """Validate a challenge, in a thread of its own."""
         name, answer = authz.identifier["value"], f"{authz.token}.{thumbprint(authz.account.jwk)}"
         verdict: bool | Json = name not in self.failing_names
-        if verdict and not self.always_valid:
+        if authz.tried == "dns-persist-01":
+            verdict = any(self.is_lasting(record, authz) for record in self.records(f"_validation-persist.{name}"))
+        elif verdict and not self.always_valid:
             try:
                 verdict = self.validate(name, authz.token, answer)
             except (OSError, ValueError, http.client.HTTPException) as error:
@@ -845,6 +858,17 @@ class FakeCA:
         with self.lock:
             authz.status = "valid" if verdict is True else "invalid"
             authz.problem = None if verdict is True else verdict or wrong
+
+    def is_lasting(self, record: str, authz: Authz) -> bool:
+        """Tell whether a record of dns-persist-01 is for this CA, this account and this name."""
+        issuer, *tags = (part.strip() for part in record.split(";"))
+        said = dict(tag.split("=", 1) for tag in tags)
+        uri = authz.account.url
+        if self.draft == 2:
+            digest = account_digest(authz.identifier["value"], thumbprint(authz.account.jwk), uri)
+            uri = f"{self.base}/account-hash/sha-256/{digest}"
+        policy = not authz.wildcard or said.get("policy") == "wildcard"
+        return issuer == "fakeca.example" and said.get("accounturi") == uri and policy
 
     def fetch(self, name: str, token: str, answer: str) -> bool:
         """Fetch a key authorization over HTTP and compare it."""

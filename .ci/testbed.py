@@ -24,6 +24,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unittest
@@ -323,7 +324,7 @@ class Bind(Server):
 
     Zones map a name to records as zone files have them. Their name servers are the addresses of `servers`, else
     localhost. Every name outside of them does not exist. A Bind `of` another has its zones from there, and learns of
-    changes only by `refresh`. `path` is a PATH on which dig and nsupdate ask this server unless told otherwise.
+    changes only by `refresh`. `path` is a PATH whose dig and nsupdate take this server for the DNS of the world.
     """
 
     def __init__(
@@ -349,9 +350,21 @@ class Bind(Server):
         if not self.of:
             self.key_file.write_bytes(subprocess.check_output([program("tsig-keygen"), "wucme"]))
             self.key_file.chmod(0o600)
-        self._tool("dig", f'case " $* " in *" @"*) ;; *) set -- @127.0.0.1 "$@" ;; esac\n'
-                          f'exec {dig} -p {self.port} "$@"\n')
-        self._tool("nsupdate", f'exec {nsupdate} -p {self.port} -k {shlex.quote(str(self.key_file))} "$@"\n')
+        ask = f"{dig} @127.0.0.1 -p {self.port}"
+        self._tool("dig", f"""
+            for word; do
+                case $word in
+                    @127.0.0.1|@localhost.|@localhost) where=here; word="@127.0.0.1 -p {self.port}" ;;
+                    @*.*[a-z]*) where=there; word=@$({ask} +short "${{word#@}}" A) ;;
+                    @*) where=there ;;
+                esac
+                words="$words $word"
+            done
+            [ "$where" ] && exec {dig} $words
+            exec {ask} $words
+            """)
+        given = f"-p {self.port} -k {shlex.quote(str(self.key_file))}"
+        self._tool("nsupdate", f"sed 's/^ *server localhost[.]*/server 127.0.0.1/' | {nsupdate} {given} \"$@\"\n")
         for zone, records in ({} if self.of else {**self.zones, ".": ("localhost A 127.0.0.1",)}).items():
             self._zone_file(zone).write_text("\n".join(self._zone(zone, records)) + "\n")
         config = self.directory / "named.conf"
@@ -362,7 +375,7 @@ class Bind(Server):
         """Writes a program of `path`."""
         file = self.directory / "bin" / name
         file.parent.mkdir(exist_ok=True)
-        file.write_text(f"#!/bin/sh\n{script}")
+        file.write_text(f"#!/bin/sh\n{textwrap.dedent(script)}")
         file.chmod(0o755)
 
     def _zone_file(self, zone: str) -> Path:
@@ -401,7 +414,8 @@ class Bind(Server):
         """Returns the data of a name's records as this server has them."""
         command = ["dig", "+short", "+tcp", "+time=2", "+tries=1", name, kind]
         done = subprocess.run(command, env={"PATH": self.path}, capture_output=True, text=True, check=False)
-        return [line for line in done.stdout.splitlines() if not line.startswith(";")]
+        lines = [line for line in done.stdout.splitlines() if not line.startswith(";")]
+        return ["".join(shlex.split(line)) if line.startswith('"') else line for line in lines]
 
     def update(self, *commands: str) -> None:
         """Changes records, such as `update("add a.example.test 1 TXT x")`."""
@@ -614,8 +628,11 @@ class _Forward(BaseHTTPRequestHandler):
         """Passes a request on with its Host, and the answer back."""
         assert isinstance(self.server, _Proxy)
         url = urllib.parse.urlsplit(self.path)
-        inner = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=10)
+        inner = http.client.HTTPConnection("127.0.0.1", self.server.ca.http_port, timeout=10)
         try:
+            if self.server.ca.refusing:
+                self.server.ca.refusing -= 1
+                raise OSError("refused for the sake of a test")
             inner.request("GET", url.path, headers={"Host": url.netloc})
             answer = inner.getresponse()
             body, status = answer.read(), answer.status
@@ -637,8 +654,8 @@ class _Proxy(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, target: int) -> None:
-        self.target = target
+    def __init__(self, ca: CaddyCA) -> None:
+        self.ca = ca
         super().__init__(("127.0.0.1", 0), _Forward)
 
 
@@ -646,7 +663,8 @@ class CaddyCA(Server):
     """Caddy's acme_server: a CA of other people's code (Smallstep's), which asks the DNS server of `dns`.
 
     Names get their http-01 questions at `http_port`, through a proxy. It dials port 443 for tls-alpn-01, and only root
-    can lead a name's elsewhere: those of `tls_names` are at `tls_address` for it. An address is dialled as it is.
+    can lead a name's elsewhere: those of `tls_names` are at `tls_address` for it. An address is dialled as it is. The
+    next questions of http-01, as many as `refusing` says, get no answer.
     """
 
     def __init__(self, directory: Path, *, binary: Path, dns: str, tls_names: Sequence[str] = ()) -> None:
@@ -655,6 +673,7 @@ class CaddyCA(Server):
         self.directory_url = f"https://localhost:{self.acme_port}/acme/local/directory"
         self.ca_file = self.directory / "data/pki/authorities/local/root.crt"
         self.tls_names = tls_names
+        self.refusing = 0
         self.tls_address = own_address(443, 80) if tls_names else ""
         self._binary = binary
         self._dns = dns
@@ -687,7 +706,7 @@ class CaddyCA(Server):
 
     def _start(self) -> None:
         """Starts the proxy and the CA, with a private /etc/hosts where names have to be elsewhere."""
-        proxy = _Proxy(self.http_port)
+        proxy = _Proxy(self)
         self._running.callback(proxy.server_close)
         threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
         self._running.callback(proxy.shutdown)
