@@ -231,9 +231,12 @@ class Log:
     @staticmethod
     def show(line: str) -> None:
         """Print to stderr, whatever became of it."""
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            sys.stderr.write(line)
-            sys.stderr.flush()
+        with contextlib.suppress(ValueError, RuntimeError, AttributeError):
+            try:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            except OSError:         # Python would try again at the end, and exit with 120
+                sys.stderr = cast(Any, None)
 
 
 log = Log()
@@ -530,7 +533,7 @@ def port_holder(port: int) -> str:
 
 def ask(question: str) -> bool:
     """Ask at the terminal; without one the answer is no."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
