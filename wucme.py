@@ -3409,7 +3409,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
 def own_share(run: RunScope, entry: Entry) -> float:
     """A number from 0 to 1 that is this host's and certificate's own."""
     import hashlib
-    return int(hashlib.sha256(f"{run.host} {entry.name}".encode()).hexdigest()[:8], 16) / 0xffffffff
+    return int(hashlib.sha256(os.fsencode(f"{run.host} {entry.name}")).hexdigest()[:8], 16) / 0xffffffff
 
 
 def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
