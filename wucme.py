@@ -301,8 +301,10 @@ def network_reason(error: Exception, timeout: float) -> str:
     import socket
     import ssl
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (f"its certificate is not trusted ({error.verify_message}); "
-                "for a private CA set ca_file to the certificate that signed it")
+        by_date = error.verify_code in (9, 10)      # not valid yet, expired
+        return (f"its certificate is not trusted ({error.verify_message}); " + (
+            "is the clock of this host right?" if by_date else
+            "for a private CA set ca_file to the certificate that signed it"))
     if isinstance(error, socket.gaierror):
         return f"the name does not resolve ({error.strerror})"
     if isinstance(error, (TimeoutError, socket.timeout)):
@@ -1787,6 +1789,7 @@ class Window(NamedTuple):
     about: str
 
 
+LONGEST_WAIT = 7 * 86400.0                  # no rate limit of a CA is longer
 LADDER = (60.0, 600.0, 6000.0, 86400.0)     # seconds to the next try after so many refusals by a CA
 
 
@@ -1869,7 +1872,9 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     if forced:
         return Decision(entry, True, "forced", at)
     reason = next(reasons(entry, now, at), "")
-    wait = max(entry.memory.held_until, 0 if named else entry.memory.retry_at)
+    waits = (entry.memory.held_until, 0.0 if named else entry.memory.retry_at)
+    # What lies farther ahead was written when the clock was wrong.
+    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0)
     if reason and now < wait:
         return Decision(entry, False, f"{reason}; not tried again before {gmt(wait)}", at, held=True)
     return Decision(entry, bool(reason), reason, at)
@@ -2102,6 +2107,7 @@ def open_listeners(addresses: Iterable[tuple[str, int]], answers: Answers) -> tu
 NONCE_TRIES = 20
 FAULT_TRIES = 3
 PATIENCE_SECONDS = 10.0         # a CA that is out of order for longer is left to the next run
+CLOCK_SECONDS = 3600.0          # how far our clock and the CA's may differ: CAs date certificates back so far
 POLL_SECONDS = (0.25, 5.0)      # the first and the longest pause between two looks, unless the CA says,
 ASKED_SECONDS = 0.02            # and the first one after the CA has asked for an answer
 REMEDIES = {
@@ -2201,16 +2207,20 @@ def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
     return json.dumps({"protected": protected, "payload": body, "signature": signature}).encode()
 
 
-def asked_wait(response: Response, now: float) -> float:
-    """Seconds that the CA asks to wait, 0 where it does not say: a number or a date (RFC 9110)."""
+def http_date(text: str) -> float | None:
+    """The time that a header says (RFC 9110), None where it says none."""
     import email.utils
-    value = (response.headers.get("Retry-After") or "").strip()
-    if value.isascii() and value.isdigit():
-        return float(min(int(value[:12]), 10 ** 9))
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+        return email.utils.parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError, OverflowError):
-        return 0.0
+        return None
+
+
+def asked_wait(response: Response, now: float) -> float:
+    """Seconds that the CA asks to wait (a number or a date, RFC 9110), a week at most; 0 where it does not say."""
+    value = (response.headers.get("Retry-After") or "").strip()
+    wait = float(value[:12]) if value.isascii() and value.isdigit() else (http_date(value) or 0.0) - now
+    return min(max(0.0, wait), LONGEST_WAIT)
 
 
 def read_object(response: Response, url: str) -> Json:
@@ -2354,6 +2364,10 @@ class Client:
         response = self.send("GET", self.url)
         if response.status != 200:
             raise NetworkError(f"{self.url}: HTTP status {response.status} where an ACME directory should be")
+        date = http_date(response.headers.get("Date") or "")
+        if date is not None and abs(date - self.world.now()) > CLOCK_SECONDS:
+            raise ProtocolError(f"{self.url}: the CA's clock shows {gmt(date)} and this host's "
+                                f"{gmt(self.world.now())}; set the clock, certificates cannot be judged by it")
         found = read_object(response, self.url)
         meta = found.get("meta")
         meta = meta if isinstance(meta, dict) else {}
@@ -3556,7 +3570,8 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
             else (None, ASK_SECONDS[2])
 
     found = {one.entry.name: one.entry for one in decisions if not one.due and not one.held and one.entry.facts
-             and one.entry.facts.ari and now >= one.entry.memory.ask_at and not one.entry.wanted.renew.never}
+             and one.entry.facts.ari and not one.entry.wanted.renew.never
+             and not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1]}
     jobs = [Job(name, functools.partial(question, entry)) for name, entry in found.items()]
     for name, result in gather(jobs, settings.run, clients.world):
         found[name] = advised(found[name], result, settings.run, now)
