@@ -3309,6 +3309,7 @@ def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
 def obtain(entry: Entry, by: Opened, answers: Answers, run: RunScope, until: float) -> Obtained:
     """Take one certificate through the whole of ACME, with what a killed run needs to go on written down."""
     client, names = by.client, wanted_names(entry)
+    create(f"{entry.chain}_tmp", bytes(1 << 14))    # a disk that takes nothing is met before an order is spent
     order = start_order(by, entry, names)
     key = choose_key(entry, order.url == entry.memory.order)
     entry = remember(run.directory, entry, order=order.url, order_server=client.url)
