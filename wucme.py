@@ -3397,7 +3397,10 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     create(temporary, obtained.chain)
     waiting = f"{entry.key}_tmp"
     log(f"reading private key {waiting if os.path.exists(waiting) else entry.key}")
-    extra = check_chain(read(temporary), key, names, now)
+    try:
+        extra = check_chain(read(temporary), key, names, now)
+    except PemError as error:       # an order is spent: as good as a refusal
+        raise AcmeError(str(error), "badCertificate") from error
     if extra:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
     secret = private_key(read(entry.key)) if entry.whole and key_hash(key.public_key()) == entry.memory.key_hash \
