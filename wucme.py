@@ -3512,7 +3512,11 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
     try:
         if isinstance(result, BaseException):
             raise result
-        return store(result, run, run_mark(now), world.now()), Outcome(entry.title, "renewed", "", True)
+        found = store(result, run, run_mark(now), world.now())
+        if found.facts and now >= renewal_time(found.facts, found.wanted.renew):
+            log(f"{entry.title}: the new certificate is due again at once: it lives shorter than renew expects; "
+                "every run will renew it", wrong=True)
+        return found, Outcome(entry.title, "renewed", "", True)
     except Exception as error:      # whatever it is, it must not stop the others
         return entry, fail(entry, error, run, now)
 
