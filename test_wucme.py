@@ -1970,6 +1970,13 @@ class TestPlan:
     def test_what_is_as_it_should_be_is_not_due(self, change: dict[str, Any]) -> None:
         assert wucme.decide(entry(known(90 * DAY, 0), **change), NOW)[1:3] == (False, "")
 
+    @pytest.mark.parametrize("when", ["retry_at", "held_until"])
+    @pytest.mark.parametrize(("ahead", "held"), [(6 * DAY, True), (8 * DAY, False), (float("inf"), False),
+                                                 (float("nan"), False)])
+    def test_what_was_written_by_a_wrong_clock_holds_nothing_back(self, when: str, ahead: float, held: bool) -> None:
+        found = entry(known(90 * DAY, 89 * DAY), memory=wucme.Memory(**{when: NOW + ahead}))
+        assert wucme.decide(found, NOW).held is held
+
     def test_what_is_declared_and_missing_is_due(self) -> None:
         assert wucme.decide(entry(None, names=("a.example",)), NOW)[1:3] == (True, "declared, and not there yet")
         broken = entry(None, names=("a.example",), fault="/d/x: holds no certificate")
@@ -2386,9 +2393,9 @@ class TestAcme:
         key.public_key().verify(utils.encode_dss_signature(r, s), data, ec.ECDSA(digest))
 
     @pytest.mark.parametrize(("value", "seconds"), [
-        ("", 0), ("0", 0), ("120", 120), (" 7 ", 7), ("-5", 0), ("1.5", 0), ("soon", 0), ("²", 0), ("9" * 30, 10 ** 9),
+        ("", 0), ("0", 0), ("120", 120), (" 7 ", 7), ("-5", 0), ("1.5", 0), ("soon", 0), ("²", 0), ("9" * 30, 7 * DAY),
         (email.utils.formatdate(NOW + 90, usegmt=True), 90), (email.utils.formatdate(NOW - 90, usegmt=True), 0),
-        ("Fri, 31 Dec 9999 23:59:59 GMT", 253402300799 - NOW), ("Fri, 31 Dec 99999 23:59:59 GMT", 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 7 * DAY), ("Fri, 31 Dec 99999 23:59:59 GMT", 0),
         ("Fri, 99 Foo 2026 25:61:61 GMT", 0),
     ])
     def test_how_long_to_wait(self, value: str, seconds: float) -> None:
@@ -5548,3 +5555,309 @@ class TestCommandLine:
         done = subprocess.run(["sh", "-c", f"{shlex.join(host.command('status'))} | true"], env=host.environment,
                               capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr
+
+
+def by_clock(host: Host, now: str, *arguments: object) -> Done:
+    """Run the script with another clock: an expression, in which `real()` is the true time and `asked` a counter."""
+    code = ("import itertools, sys, time, wucme\nreal, asked = time.time, itertools.count()\n"
+            f"sys.exit(wucme.main(sys.argv[1:], wucme.REAL._replace(now=lambda: {now})))")
+    environment = {**host.environment, "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run([sys.executable, "-c", code, "--ini", str(host.ini), *map(str, arguments)], env=environment,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False)
+    assert "Traceback" not in done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+YEAR = 365 * DAY
+
+
+@pytest.mark.process
+class TestTime:
+    """Clocks that are wrong, certificates that are due for ever, names that are dead."""
+
+    @pytest.mark.parametrize("off", [-50 * YEAR, -7200, 7200, 50 * YEAR])
+    def test_clock_that_is_off_is_named_before_any_order(self, fake: fakeca.FakeCA, lab: Host, off: float) -> None:
+        before = lab.old_pair("a.example.test")
+        lab.write(sections="[b.example.test]\n")
+        done = by_clock(lab, f"real() + {off}")
+        assert done.status == 1
+        assert "set the clock" in done.err
+        assert (orders(fake), lab.pair()) == (0, before)
+        assert lab.run().status == 0, "and nothing of it is remembered"
+
+    @pytest.mark.parametrize("step", [-1800, 1800])
+    def test_clock_that_steps_during_a_run_harms_nothing(self, fake: fakeca.FakeCA, lab: Host, step: float) -> None:
+        before = lab.old_pair("a.example.test")
+        done = by_clock(lab, f"real() + {step} * (next(asked) % 2)")
+        assert done.status == 0, done.err
+        assert lab.pair() != before
+
+    def test_clock_that_leaps_during_a_run_makes_nothing_bad_go_live(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        before = lab.old_pair("a.example.test")
+        done = by_clock(lab, f"real() + (real() > {time.time()} and bool(sys.modules.get('cryptography.x509')) and "
+                             f"next(asked) > 40 and {9 * YEAR})")
+        assert (done.status, lab.pair() == before) in ((0, False), (1, True)), done.err
+
+    def test_certificate_that_is_due_again_at_once_is_renewed_once_a_run_and_said(self, fake: fakeca.FakeCA,
+                                                                                  lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        fake.days = 0.05
+        done = lab.run("--quiet")
+        assert done.status == 0
+        assert "due again at once" in done.err
+        assert orders(fake) == 1
+
+    def test_cron_every_minute_against_a_dead_name_keeps_to_the_ladder(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test", days=20)
+        fake.failing_names.add("a.example.test")
+        minutes = [*range(130), *range(1500, 1700, 5)]
+        code = textwrap.dedent(f"""
+            import time, wucme
+            at, begun, real = 0, time.time(), wucme.http_date
+            wucme.http_date = lambda text: (real(text) or 0) + at       # the CA's clock goes with ours
+            world = wucme.REAL._replace(now=lambda: begun + at)
+            for at in [60 * minute for minute in {minutes}]:
+                wucme.log = wucme.Log()
+                assert wucme.main(["--ini", {str(lab.ini)!r}], world) == 1
+            """)
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=90, stderr=subprocess.DEVNULL,
+                       env={**lab.environment, "PYTHONPATH": str(SCRIPT.parent)})
+        assert orders(fake) == 5, "at once, after 1, 10 and 100 minutes, and after a day"
+
+    def test_bad_certificate_counts_as_a_refusal(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        fake.misbehave("cert_other_key")
+        assert [lab.run().status for _ in range(3)] == [1, 1, 1]
+        assert orders(fake) == 1
+
+
+@pytest.mark.process
+class TestTwoRuns:
+    """Two at once, of one host and of two."""
+
+    @pytest.mark.parametrize("hosts", [("alpha", "alpha"), ("alpha", "beta")])
+    @pytest.mark.parametrize("lead", [0, 0.1, 0.25, 0.4])
+    def test_one_order_and_every_load_as_owed(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path,
+                                              hosts: tuple[str, str], lead: float) -> None:
+        before = lab.old_pair("a.example.test")
+        lab.write(f"$ echo $WUCME_HOST $WUCME_FINGERPRINT >> {tmp_path}/loads")
+        with lab.start("--host", hosts[0]) as first:
+            time.sleep(lead)
+            with lab.start("--host", hosts[1]) as second:
+                said = [process.communicate(timeout=60) for process in (first, second)]
+        assert (first.returncode, second.returncode) == (0, 0), said
+        assert lab.pair() != before
+        assert orders(fake) == 1
+        fingerprint = wucme.facts(lab.pair()[0]).fingerprint
+        assert sorted((tmp_path / "loads").read_text().splitlines()) == sorted(
+            {f"{host} {fingerprint}" for host in hosts})
+        assert not lab.left()
+
+    def test_lock_of_a_killed_run_holds_nobody(self, lab: Host, tmp_path: Path) -> None:
+        lab.old_pair("a.example.test", days=80)
+        lab.write(f"$ echo $$ > {tmp_path}/pid; sleep 60", renew="never")
+        with lab.start() as process:
+            wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
+            process.kill()
+        lab.write("$ true", renew="never")
+        try:
+            assert lab.run("--lock-wait", "0s").status == 0
+        finally:
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def peak(host: Host, *arguments: object) -> tuple[int, int]:
+    """Exit status of a run, and the most memory that it had, in KiB."""
+    code = ("import re, sys, wucme\nstatus = wucme.main(sys.argv[1:])\n"
+            "print(status, re.search('VmHWM:\\\\s+([0-9]+)', open('/proc/self/status').read())[1])")
+    done = subprocess.run([sys.executable, "-c", code, "--ini", str(host.ini), *map(str, arguments)], check=True,
+                          env={**host.environment, "PYTHONPATH": str(SCRIPT.parent)}, capture_output=True, timeout=90)
+    status, kib = map(int, done.stdout.split())
+    return status, kib
+
+
+@pytest.mark.process
+class TestHarmLimits:
+    """What a bad CA costs: memory, time, and nothing of others."""
+
+    @pytest.mark.parametrize("misdeed", ["endless_body", "deep_directory", "many_authorizations", "nonce_huge",
+                                         "token_long", "cert_huge", "drip"])
+    def test_memory_is_bounded(self, fake: fakeca.FakeCA, lab: Host, misdeed: str) -> None:
+        lab.old_pair("a.example.test")
+        fake.misbehave(misdeed)
+        status, kib = peak(lab, "--timeout", "3s")
+        assert status == 1
+        assert kib < 100 * 1024
+
+    @pytest.mark.parametrize("misdeed", ["silent", "drip", "silent@finalize", "order_processing_for_ever",
+                                         "order_pending_for_ever", "error_503_retry_after", "cert_huge"])
+    def test_certificates_of_other_cas_are_renewed_and_loaded(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path,
+                                                              misdeed: str) -> None:
+        (tmp_path / "second").mkdir()
+        with fakeca.FakeCA(tmp_path / "second", fake.http_port) as other:
+            lab.write(f"$ echo $WUCME_NAME >> {tmp_path}/loads", timeout="1s", deadline="1s",
+                      sections=f"[server good]\nurl = {other.url}\nca_file = {other.ca_file}\n"
+                               "[a.example.test]\n[b.example.test]\nserver = good\n")
+            fake.misbehave(misdeed)
+            done = lab.run()
+        assert done.status == 1
+        assert done.lines[-1] == "0 files, 2 certs, 1 renewed, 1 failed"
+        assert (tmp_path / "loads").read_text() == "b.example.test\n"
+        lab.pair("b.example.test")
+
+    @pytest.mark.parametrize("misdeed", ["error_503_retry_after", "rate_limited"])
+    @pytest.mark.parametrize("wait", ["315360000", "-1", "Fri, 31 Dec 9999 23:59:59 GMT", "9" * 4000, "\x1b[2J"])
+    def test_any_retry_after_ends_the_run_and_holds_for_a_week_at_most(
+            self, fake: fakeca.FakeCA, lab: Host, misdeed: str, wait: str) -> None:
+        before = lab.old_pair("a.example.test")
+        fake.misbehave(misdeed)
+        fake.retry_after = wait
+        assert lab.run().status == 1
+        assert len(fake.requests) < 20
+        assert lab.pair() == before
+        fake.misbehave()
+        week = 8 * DAY
+        assert by_clock(lab, f"real() + {week} * (sys._getframe(1).f_code.co_name not in ('fetch_directory', 'store', "
+                             "'conclude'))").status == 0
+        assert lab.pair() != before
+
+    def test_every_misbehaviour_of_the_ca_is_tried(self) -> None:
+        text = Path(__file__).read_text("utf-8")
+        assert [name for name in sorted(fakeca.MODES) if f'"{name}' not in text] == []
+
+    def test_terms_that_have_changed_are_named(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        fake.misbehave("terms_changed")
+        assert "userActionRequired: agree to the terms" in lab.run().err
+        fake.misbehave("error_500_always")
+        assert "HTTP status 500" in lab.run("renew", "a.example.test").err
+
+    @pytest.mark.parametrize(("more", "said"), [
+        ({"server_names": ("other.example",)}, "Hostname mismatch"),
+        ({"server_dates": (datetime(2001, 1, 1, tzinfo=timezone.utc), datetime(2002, 1, 1, tzinfo=timezone.utc))},
+         "certificate has expired); is the clock of this host right?"),
+    ])
+    def test_https_of_the_ca_must_be_as_it_should_be(self, tmp_path: Path, more: dict[str, Any], said: str) -> None:
+        with fakeca.FakeCA(tmp_path, **more) as ca:
+            lab = Host(tmp_path, ca.url, ca.ca_file, "none")
+            lab.old_pair("a.example.test")
+            lab.write(listen=f"127.0.0.1:{testbed.free_ports(1)[0]}")
+            assert said in lab.run().err
+            assert not ca.requests
+
+    def test_name_of_the_ca_that_does_not_resolve_is_no_failure_of_the_certificate(self, lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        lab.write(server="https://nobody.invalid/directory")
+        assert "the name does not resolve" in lab.run().err
+        state = json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())
+        assert (state["failures"], state["retry_at"]) == (0, 0)
+
+    def test_one_of_many_names_that_fails_stops_none_of_the_others(self, fake: fakeca.FakeCA, lab: Host,
+                                                                   tmp_path: Path) -> None:
+        names = [f"n{number}.example.test" for number in range(30)]
+        for name in names:
+            lab.old_pair(name)
+        fake.failing_names.add(names[7])
+        lab.write(f"$ echo $WUCME_NAME >> {tmp_path}/loads")
+        done = lab.run()
+        assert done.status == 1
+        assert done.lines[-1] == "60 files, 30 certs, 29 renewed, 1 failed"
+        assert set((tmp_path / "loads").read_text().split()) == {*names}, "the one that failed is loaded as it is"
+
+
+@pytest.mark.process
+class TestOddPlaces:
+    """Disks, names, limits and surroundings that are not as they should be."""
+
+    def test_disk_that_takes_nothing_is_met_before_an_order_is_spent(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("account", "new")
+        before = lab.old_pair("a.example.test")
+        limited = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *lab.command()]
+        done = subprocess.run(limited, env=lab.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "File too large" in done.stderr
+        assert (orders(fake), lab.pair()) == (0, before)
+
+    def test_link_at_a_live_path_is_replaced_and_what_it_led_to_is_left_alone(self, fake: fakeca.FakeCA, lab: Host,
+                                                                               tmp_path: Path) -> None:
+        lab.old_pair("a.example.test")
+        old = lab.pair()
+        for number, path in enumerate((lab.chain(), lab.key())):
+            path.rename(tmp_path / f"target{number}")
+            path.symlink_to(tmp_path / f"target{number}")
+        os.link(tmp_path / "target0", tmp_path / "hard")
+        assert lab.run("--key", "ecdsa-p384").status == 0
+        assert lab.pair()[0] != old[0]
+        assert not lab.chain().is_symlink()
+        assert [(tmp_path / name).read_bytes() for name in ("target0", "target1", "hard")] == [old[0], old[1], old[0]]
+
+    def test_file_names_of_every_kind_are_names_and_nothing_else(self, fake: fakeca.FakeCA, lab: Host,
+                                                                 tmp_path: Path) -> None:
+        stems = [b"new\nline", b"a b", b"$(touch pwned)", b";touch pwned;`touch pwned`", b"-rf", b"\xff\xfe", b"%s%n",
+                 b"\x1b[31m", b"..", b"x" * 200]
+        for number, stem in enumerate(stems):
+            lab.old_pair(f"n{number}.example.test", stem=os.fsdecode(stem))
+        lab.write("$ test -f \"$WUCME_CERT\"")
+        fake.failing_names.add("n5.example.test")
+        done = lab.run()
+        assert done.lines[-1] == "20 files, 9 certs, 8 renewed, 1 failed", "a newline is none of ours"
+        assert not list(tmp_path.rglob("pwned"))
+        assert all(line.isprintable() for line in done.err.splitlines())
+        assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in done.err.splitlines())
+        log = (lab.directory / "wucme.log").read_bytes()
+        assert not set(log) & {0x1b, 0xff}
+        assert lab.run("status", "--json").status == 1
+
+    @pytest.mark.parametrize("limit", [4, 6, 8, 10, 12, 16])
+    def test_too_few_descriptors_lose_no_load(self, lab: Host, tmp_path: Path, limit: int) -> None:
+        lab.old_pair("a.example.test", days=80)
+        lab.write(f"$ echo x >> {tmp_path}/loads", renew="never")
+        limited = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *lab.command()]
+        done = subprocess.run(limited, env=lab.environment, capture_output=True, text=True, check=False)
+        count = (tmp_path / "loads").read_text() if (tmp_path / "loads").exists() else ""
+        assert (done.returncode == 0) is (count == "x\n"), done.stderr
+        assert lab.run().status == 0
+        assert (tmp_path / "loads").read_text() == "x\n"
+
+    def test_output_that_nobody_takes_stops_no_renewal(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        for redirection in (">&- 2>&- <&-", ">/dev/full 2>/dev/full", "2>&1 | true"):
+            before = lab.old_pair("a.example.test")
+            done = subprocess.run(["sh", "-c", f"{shlex.join(lab.command('--verbose'))} {redirection}"], check=False,
+                                  env=lab.environment, stdin=subprocess.DEVNULL)
+            assert done.returncode == 0
+            assert lab.pair() != before
+        assert lab.run() == Done(0, "", "")
+
+    def test_empty_environment(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        lab.old_pair("a.example.test")
+        lab.write(f"$ env > {tmp_path}/told; ls / | cat > /dev/null")
+        done = subprocess.run(lab.command(), env={}, cwd="/", capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin\n" in (tmp_path / "told").read_text()
+
+    def test_names_and_renames_reach_the_disk_in_order(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        lab.old_pair("a.example.test")
+        trace = tmp_path / "trace"
+        calls = "trace=fsync,rename,renameat,renameat2,write,pwrite64"
+        strace = [testbed.program("strace"), "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", calls]
+        done = subprocess.run([*strace, *lab.command("--rotate")], env=lab.environment, capture_output=True, text=True,
+                              check=False, timeout=90)
+        if "ptrace" in done.stderr:
+            pytest.skip("strace may not trace here")
+        assert done.returncode == 0, done.stderr
+        flushed, renamed, waiting = set(), 0, False
+        for line in trace.read_text().splitlines():
+            call, _, rest = line.partition(" ")[2].strip().partition("(")
+            paths = re.findall(r'[<"]([^<>"]*)[>"]', rest)
+            if call == "fsync":
+                flushed.add(paths[0])
+                waiting = waiting and paths[0] != str(lab.directory)
+            elif call.startswith("rename"):
+                assert not waiting, "the directory is flushed before the next rename"
+                target = os.readlink(paths[1]) if os.path.islink(paths[1]) else ""
+                assert paths[0] in flushed or target, f"{paths[0]} is flushed before it is renamed"
+                renamed, waiting = renamed + 1, True
+            else:
+                flushed -= set(paths[:1])
+        assert not waiting
+        assert renamed >= 7

@@ -267,9 +267,12 @@ class Log:
     @staticmethod
     def show(line: str) -> None:
         """Print to stderr, whatever became of it."""
-        with contextlib.suppress(OSError, ValueError, RuntimeError):
-            sys.stderr.write(line)
-            sys.stderr.flush()
+        with contextlib.suppress(ValueError, RuntimeError, AttributeError):
+            try:
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            except OSError:         # Python would try again at the end, and exit with 120
+                sys.stderr = cast(Any, None)
 
 
 log = Log()
@@ -330,8 +333,10 @@ def network_reason(error: Exception, timeout: float) -> str:
     import socket
     import ssl
     if isinstance(error, ssl.SSLCertVerificationError):
-        return (f"its certificate is not trusted ({error.verify_message}); "
-                "for a private CA set ca_file to the certificate that signed it")
+        by_date = error.verify_code in (9, 10)      # not valid yet, expired
+        return (f"its certificate is not trusted ({error.verify_message}); " + (
+            "is the clock of this host right?" if by_date else
+            "for a private CA set ca_file to the certificate that signed it"))
     if isinstance(error, socket.gaierror):
         return f"the name does not resolve ({error.strerror})"
     if isinstance(error, (TimeoutError, socket.timeout)):
@@ -652,7 +657,7 @@ def port_holder(port: int) -> str:
 
 def ask(question: str) -> bool:
     """Ask at the terminal; without one the answer is no."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr.isatty()):
+    if not (sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
@@ -1965,6 +1970,7 @@ class Window(NamedTuple):
     about: str
 
 
+LONGEST_WAIT = 7 * 86400.0                  # no rate limit of a CA is longer
 LADDER = (60.0, 600.0, 6000.0, 86400.0)     # seconds to the next try after so many refusals by a CA
 
 
@@ -2047,7 +2053,9 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     if forced:
         return Decision(entry, True, "forced", at)
     reason = next(reasons(entry, now, at), "")
-    wait = max(entry.memory.held_until, 0 if named else entry.memory.retry_at)
+    waits = (entry.memory.held_until, 0.0 if named else entry.memory.retry_at)
+    # What lies farther ahead was written when the clock was wrong.
+    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0)
     if reason and now < wait:
         return Decision(entry, False, f"{reason}; not tried again before {gmt(wait)}", at, held=True)
     return Decision(entry, bool(reason), reason, at)
@@ -2690,6 +2698,7 @@ def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
 NONCE_TRIES = 20
 FAULT_TRIES = 3
 PATIENCE_SECONDS = 10.0         # a CA that is out of order for longer is left to the next run
+CLOCK_SECONDS = 3600.0          # how far our clock and the CA's may differ: CAs date certificates back so far
 POLL_SECONDS = (0.25, 5.0)      # the first and the longest pause between two looks, unless the CA says,
 ASKED_SECONDS = 0.02            # and the first one after the CA has asked for an answer
 REMEDIES = {        # by problem type, or by challenge and problem type
@@ -2796,16 +2805,20 @@ def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
     return json.dumps({"protected": protected, "payload": body, "signature": signature}).encode()
 
 
-def asked_wait(response: Response, now: float) -> float:
-    """Seconds that the CA asks to wait, 0 where it does not say: a number or a date (RFC 9110)."""
+def http_date(text: str) -> float | None:
+    """The time that a header says (RFC 9110), None where it says none."""
     import email.utils
-    value = (response.headers.get("Retry-After") or "").strip()
-    if value.isascii() and value.isdigit():
-        return float(min(int(value[:12]), 10 ** 9))
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+        return email.utils.parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError, OverflowError):
-        return 0.0
+        return None
+
+
+def asked_wait(response: Response, now: float) -> float:
+    """Seconds that the CA asks to wait (a number or a date, RFC 9110), a week at most; 0 where it does not say."""
+    value = (response.headers.get("Retry-After") or "").strip()
+    wait = float(value[:12]) if value.isascii() and value.isdigit() else (http_date(value) or 0.0) - now
+    return min(max(0.0, wait), LONGEST_WAIT)
 
 
 def read_object(response: Response, url: str) -> Json:
@@ -2950,6 +2963,10 @@ class Client:
         response = self.send("GET", self.url)
         if response.status != 200:
             raise NetworkError(f"{self.url}: HTTP status {response.status} where an ACME directory should be")
+        date = http_date(response.headers.get("Date") or "")
+        if date is not None and abs(date - self.world.now()) > CLOCK_SECONDS:
+            raise ProtocolError(f"{self.url}: the CA's clock shows {gmt(date)} and this host's "
+                                f"{gmt(self.world.now())}; set the clock, certificates cannot be judged by it")
         found = read_object(response, self.url)
         meta = found.get("meta")
         meta = meta if isinstance(meta, dict) else {}
@@ -4247,6 +4264,7 @@ def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
     given = request_facts(read(entry.wanted.csr)) if entry.wanted.csr else None
     if given and set(given[1]) != set(names):
         raise PemError(f"{entry.wanted.csr}: asks for {' '.join(given[1]) or 'no name'}, not for {' '.join(names)}")
+    create(f"{entry.chain}_tmp", bytes(1 << 14))    # a disk that takes nothing is met before an order is spent
     order = start_order(by, entry, names)
     key = None if given else choose_key(entry, order.url == entry.memory.order)
     entry = remember(run.directory, entry, order=order.url, order_server=client.url)
@@ -4367,7 +4385,10 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     create(temporary, obtained.chain)
     waiting = f"{entry.key}_tmp"
     log(f"reading private key {waiting if os.path.exists(waiting) else entry.key}")
-    extra = check_chain(read(temporary), public, names, now)
+    try:
+        extra = check_chain(read(temporary), public, names, now)
+    except PemError as error:       # an order is spent: as good as a refusal
+        raise AcmeError(str(error), "badCertificate") from error
     if extra:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
     same = obtained.key is None or (entry.whole and public == entry.memory.key_hash)
@@ -4393,7 +4414,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
 def own_share(run: RunScope, entry: Entry) -> float:
     """A number from 0 to 1 that is this host's and certificate's own."""
     import hashlib
-    return int(hashlib.sha256(f"{run.host} {entry.name}".encode()).hexdigest()[:8], 16) / 0xffffffff
+    return int(hashlib.sha256(os.fsencode(f"{run.host} {entry.name}")).hexdigest()[:8], 16) / 0xffffffff
 
 
 def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
@@ -4478,7 +4499,11 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
     try:
         if isinstance(result, BaseException):
             raise result
-        return store(result, run, run_mark(now), world.now()), Outcome(entry.title, "renewed", "", True)
+        found = store(result, run, run_mark(now), world.now())
+        if found.facts and now >= renewal_time(found.facts, found.wanted.renew):
+            log(f"{entry.title}: the new certificate is due again at once: it lives shorter than renew expects; "
+                "every run will renew it", wrong=True)
+        return found, Outcome(entry.title, "renewed", "", True)
     except Exception as error:      # whatever it is, it must not stop the others
         return entry, fail(entry, error, run, now)
 
@@ -4542,7 +4567,8 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
             else (None, ASK_SECONDS[2])
 
     found = {one.entry.name: one.entry for one in decisions if not one.due and not one.held and one.entry.facts
-             and one.entry.facts.ari and now >= one.entry.memory.ask_at and not one.entry.wanted.renew.never}
+             and one.entry.facts.ari and not one.entry.wanted.renew.never
+             and not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1]}
     jobs = [Job(name, functools.partial(question, entry), patience(entry, settings.run))
             for name, entry in found.items()]
     for name, result in gather(jobs, settings.run, clients.world):
