@@ -1974,7 +1974,8 @@ class TestPlan:
     @pytest.mark.parametrize(("ahead", "held"), [(6 * DAY, True), (8 * DAY, False), (float("inf"), False),
                                                  (float("nan"), False)])
     def test_what_was_written_by_a_wrong_clock_holds_nothing_back(self, when: str, ahead: float, held: bool) -> None:
-        found = entry(known(90 * DAY, 89 * DAY), memory=wucme.Memory(**{when: NOW + ahead}))
+        kept = {"retry_at": wucme.Memory(retry_at=NOW + ahead), "held_until": wucme.Memory(held_until=NOW + ahead)}
+        found = entry(known(90 * DAY, 89 * DAY), memory=kept[when])
         assert wucme.decide(found, NOW).held is held
 
     def test_what_is_declared_and_missing_is_due(self) -> None:

@@ -756,6 +756,12 @@ def owner(path: str, mode: int) -> Owner:
 OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
 
 
+def remove(path: str) -> None:
+    """Delete a file that may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
     """Make a new file, on the disk when this returns; `strict` fails (OSError) if it cannot be given away."""
     with contextlib.suppress(FileNotFoundError):
@@ -801,12 +807,6 @@ def deploy(path: str, data: bytes, like: Owner) -> None:
         with contextlib.suppress(OSError):
             remove(temporary)
         raise FileError(f"{path}: cannot be written there with this owner: {error.strerror}") from error
-
-
-def remove(path: str) -> None:
-    """Delete a file that may be gone already."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def link(to: str, path: str, by: str) -> None:
@@ -3235,11 +3235,11 @@ def take_up(client: Client, found: Authorization, kinds: Sequence[str]) -> tuple
                          f"which nothing is set up here (challenge = {' '.join(kinds)})", *kinds)
 
 
-def authorize(client: Client, order: Order, task: Task) -> Order:
-    """Prove control of every name of an order; the order comes back as the CA left it (section 7.5)."""
-    names = task.names
+def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
+    """Prove control of every name of an order; it as the CA left it, and the deadline for the rest (section 7.5)."""
+    names, until = task.names, task.until
     if order.status != "pending":
-        return order
+        return order, until
     pending = []
     for url in order.authorizations:
         log(f"{names[0]}: retrieving authorization at {url}")
@@ -3248,8 +3248,7 @@ def authorize(client: Client, order: Order, task: Task) -> Order:
             pending.append(take_up(client, found, task.kinds))
     begun = client.world.monotonic()
     with answering(task, [proof for _, proof in pending]):
-        # To publish may take longer than all the rest.
-        until = task.until + client.world.monotonic() - begun
+        until += client.world.monotonic() - begun       # to publish may take longer than all the rest
         for challenge, proof in pending:
             if challenge.status == "pending":
                 log(f"{names[0]}: starting challenge at {challenge.url} ({proof.kind})")
@@ -3263,7 +3262,7 @@ def authorize(client: Client, order: Order, task: Task) -> Order:
                                        if any(one.token in task.answers.heard for one in heard)
                                        else "no request of the CA came to the listener here"))
             raise client.complaint(order, names)
-    return order
+    return order, until
 
 
 def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
@@ -4271,9 +4270,9 @@ def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
     if key and (not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash):
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
-    order = authorize(client, order, task)
+    order, until = authorize(client, order, task)
     request = given[0] if given else signing_request(cast("PrivateKey", key), names)
-    first = finish(client, order, names, request, max(task.until, client.world.monotonic() + run.timeout))
+    first = finish(client, order, names, request, until)
     chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
     return Obtained(entry, chain, key, client.url)
 
