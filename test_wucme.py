@@ -3832,7 +3832,8 @@ class TestCertificationAuthority:
         with fakeca.FakeCA(tmp_path / "second", fake.http_port) as other:
             lab.write(sections=f"[server second]\nurl = {other.url}\nca_file = {other.ca_file}\n"
                                "[a.example.test]\n[b.example.test]\nserver = second\n")
-            assert lab.run().status == 0
+            done = lab.run()
+            assert done.status == 0, done.err
             assert (len(fake.issued), len(other.issued)) == (1, 1)
             assert (lab.directory / "wucme_k_account_second.pem").exists()
             assert json.loads((lab.directory / "wucme_s_account_second.json").read_text())["directory"] == other.url

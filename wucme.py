@@ -226,6 +226,7 @@ def sentence(error: BaseException) -> str:
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
+AT_ONCE = 8                     # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
 
 
@@ -680,6 +681,65 @@ class World(NamedTuple):
 
 
 REAL = World()
+
+
+class Job(NamedTuple):
+    """Something to be done beside others; no longer than so many seconds are waited for it."""
+    name: str
+    act: Callable[[], Any]
+    limit: float
+
+
+def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
+         world: World) -> None:
+    """What a worker does: one job after the other, each ending in a value."""
+    import queue
+    while True:
+        try:
+            job = jobs.get_nowait()
+        except queue.Empty:
+            return
+        started[job.name] = world.monotonic()
+        try:
+            results.put((job, job.act()))
+        except BaseException as error:
+            results.put((job, error))
+
+
+def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str, Any]]:
+    """The jobs as they end, so many at once, each with its result or error; none is waited for without end."""
+    import queue
+    import threading
+    waiting: queue.Queue[Job] = queue.Queue()
+    results: queue.Queue[tuple[Job, Any]] = queue.Queue()
+    started: dict[str, float] = {}
+    for job in jobs:
+        waiting.put(job)
+    for _ in range(min(width, len(jobs))):
+        threading.Thread(target=work, args=(waiting, results, started, world), daemon=True).start()
+    left = {job.name: job for job in jobs}
+    while left:
+        try:
+            job, result = results.get(timeout=1.0)
+        except queue.Empty:
+            now = world.monotonic()
+            late = [name for name, job in left.items() if started.get(name, now) < now - job.limit]
+            if not late:
+                continue
+            job, result = left[late[0]], NetworkError("did not end within the deadline; a later run goes on with it")
+        if left.pop(job.name, None):
+            yield job.name, result
+
+
+def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) -> list[T]:
+    """What these calls return, several made at once, in their order; the first error is raised."""
+    if len(calls) < 2:
+        return [call() for call in calls.values()]
+    results = dict(gather([Job(name, call, limit) for name, call in calls.items()], AT_ONCE, world))
+    for name in calls:
+        if isinstance(results[name], BaseException):
+            raise results[name]
+    return [results[name] for name in calls]
 
 
 # === 3. files: the only disk ===================================================================
@@ -3240,19 +3300,19 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
     names, until = task.names, task.until
     if order.status != "pending":
         return order, until
-    pending = []
+    world = client.world
     for url in order.authorizations:
         log(f"{names[0]}: retrieving authorization at {url}")
-        found = client.authorization(url, names)
-        if found.status == "pending":
-            pending.append(take_up(client, found, task.kinds))
-    begun = client.world.monotonic()
+    found = at_once({url: functools.partial(client.authorization, url, names) for url in order.authorizations},
+                    until - world.monotonic(), world)
+    pending = [take_up(client, one, task.kinds) for one in found if one.status == "pending"]
+    begun = world.monotonic()
     with answering(task, [proof for _, proof in pending]):
-        until += client.world.monotonic() - begun       # to publish may take longer than all the rest
-        for challenge, proof in pending:
-            if challenge.status == "pending":
-                log(f"{names[0]}: starting challenge at {challenge.url} ({proof.kind})")
-                client.answer(challenge)
+        until += world.monotonic() - begun      # to publish may take longer than all the rest
+        waiting = {one.url: functools.partial(client.answer, one) for one, _ in pending if one.status == "pending"}
+        for url in waiting:
+            log(f"{names[0]}: starting challenge at {url}")
+        at_once(waiting, until - world.monotonic(), world)
         log(f"{names[0]}: polling order status at {order.url}")
         heard = [challenge for challenge, proof in pending if places(task.wanted, proof.kind)]
         order = client.settle(order, names, ("pending",), until, task.asked if heard else None)
@@ -4046,13 +4106,6 @@ class Opened(NamedTuple):
     who: Applicant
 
 
-class Job(NamedTuple):
-    """Something to be done for one certificate, beside others; no longer than so many seconds are waited for it."""
-    name: str
-    act: Callable[[], Any]
-    limit: float
-
-
 class Obtained(NamedTuple):
     """A chain as the CA sent it, the key it was ordered for (None where its user has it), and what to remember."""
     entry: Entry
@@ -4442,47 +4495,6 @@ def patience(entry: Entry, run: RunScope) -> float:
     return run.deadline + 3 * run.timeout + slow + (entry.wanted.dns_wait if entry.wanted.nsupdate or slow else 0.0)
 
 
-def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
-         world: World) -> None:
-    """What a worker does: one job after the other, each ending in a value."""
-    import queue
-    while True:
-        try:
-            job = jobs.get_nowait()
-        except queue.Empty:
-            return
-        started[job.name] = world.monotonic()
-        try:
-            results.put((job, job.act()))
-        except BaseException as error:
-            results.put((job, error))
-
-
-def gather(jobs: list[Job], run: RunScope, world: World) -> Iterator[tuple[str, Any]]:
-    """The jobs as they end, each with what was obtained or the error; none is waited for without end."""
-    import queue
-    import threading
-    waiting: queue.Queue[Job] = queue.Queue()
-    results: queue.Queue[tuple[Job, Any]] = queue.Queue()
-    started: dict[str, float] = {}
-    for job in jobs:
-        waiting.put(job)
-    for _ in range(min(run.workers, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started, world), daemon=True).start()
-    left = {job.name: job for job in jobs}
-    while left:
-        try:
-            job, result = results.get(timeout=1.0)
-        except queue.Empty:
-            now = world.monotonic()
-            late = [name for name, job in left.items() if started.get(name, now) < now - job.limit]
-            if not late:
-                continue
-            job, result = left[late[0]], NetworkError("did not end within the deadline; a later run goes on with it")
-        if left.pop(job.name, None):
-            yield job.name, result
-
-
 def check_names(entry: Entry) -> Sequence[str]:
     """The names to order; PemError for one found in a certificate that no CA would take."""
     for name in wanted_names(entry):
@@ -4527,7 +4539,7 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
         for job in jobs:        # accounts first: the user may be asked about terms; what fails here fails the jobs
             with contextlib.suppress(Exception):
                 clients.enter(preference(entries[job.name], settings)[0])
-        for name, result in gather(jobs, run, clients.world):
+        for name, result in gather(jobs, run.workers, clients.world):
             yield conclude(entries[name], result, run, now, clients.world)
     finally:
         for listener in listeners:
@@ -4570,7 +4582,7 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
              and not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1]}
     jobs = [Job(name, functools.partial(question, entry), patience(entry, settings.run))
             for name, entry in found.items()]
-    for name, result in gather(jobs, settings.run, clients.world):
+    for name, result in gather(jobs, settings.run.workers, clients.world):
         found[name] = advised(found[name], result, settings.run, now)
     return found
 
