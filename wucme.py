@@ -1656,7 +1656,7 @@ def parse_value(source: Source, section: str, key: str, text: str) -> Any:
 def read_texts(source: Source, title: str, texts: Mapping[str, str], *scopes: Any) -> dict[str, Any]:
     """The values of a section that may have settings of these scopes; SettingsError for a key of none of them."""
     known = [name for scope in scopes for name, field in scope._field_defaults.items()
-             if len(scopes) == 1 or not field.local]
+             if len(scopes) == 1 or not title or not field.local]
     for key in texts:
         if key not in known:
             home = next((home for scope, (home, _) in SCOPES.items() if key in scope._fields), "")
@@ -2638,11 +2638,13 @@ def by_nsupdate(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     added: list[tuple[str, str]] = []
     try:
         for one in proofs:
-            added.append((record_name(task, one.name), base64url(one.digest)))
-            log(f"{task.names[0]}: setting {added[-1][0]} TXT {added[-1][1]}")
-            problem = update(task, "add", *added[-1])
+            record = record_name(task, one.name), base64url(one.digest)
+            log(f"{task.names[0]}: setting {record[0]} TXT {record[1]}")
+            problem = update(task, "add", *record)
             if problem:
+                update(task, "delete", *record)     # it may be there all the same
                 raise ChallengeError(problem)
+            added.append(record)
         await_records(task, added)
         yield
     finally:
@@ -3310,8 +3312,8 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
     with answering(task, [proof for _, proof in pending]):
         until += world.monotonic() - begun      # to publish may take longer than all the rest
         waiting = {one.url: functools.partial(client.answer, one) for one, _ in pending if one.status == "pending"}
-        for url in waiting:
-            log(f"{names[0]}: starting challenge at {url}")
+        for challenge, _ in pending:
+            log(f"{names[0]}: starting challenge at {challenge.url} ({challenge.kind})")
         at_once(waiting, until - world.monotonic(), world)
         log(f"{names[0]}: polling order status at {order.url}")
         heard = [challenge for challenge, proof in pending if places(task.wanted, proof.kind)]
@@ -5055,6 +5057,8 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     if arguments["force"] and verb not in ("issue", "renew"):
         raise SettingsError(f"--force goes with issue and renew, not with {verb}")
     options = option_texts(arguments)
+    if "csr" in options and verb != "issue":
+        raise SettingsError(f"--csr goes with issue, not with {verb}")
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
     if os.geteuid() == 0 and anyone_may_write(os.path.abspath(__file__)):

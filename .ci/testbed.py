@@ -712,7 +712,10 @@ class CaddyCA(Server):
         self._running.callback(proxy.shutdown)
         config, hosts = self.directory / "Caddyfile", self.directory / "hosts"
         config.write_text(self._configuration())
-        command = [str(self._binary), "run", "--config", str(config), "--adapter", "caddyfile"]
+        # By a name of its own, or it would be taken for a web server that runs here.
+        binary = self.directory / "second-ca"
+        binary.symlink_to(self._binary)
+        command = [str(binary), "run", "--config", str(config), "--adapter", "caddyfile"]
         if self.tls_names:
             lines = ["127.0.0.1 localhost", *(f"{self.tls_address} {name}" for name in self.tls_names)]
             hosts.write_text("\n".join(lines) + "\n")
