@@ -414,9 +414,9 @@ class TestProcesses:
 class Loopback:
     """A server on loopback: each connection is handed to `talk`, in a thread of its own."""
 
-    def __init__(self, talk: Callable[[socket.socket], None]) -> None:
+    def __init__(self, talk: Callable[[socket.socket], None], address: str = "127.0.0.1") -> None:
         self.talk, self.connections = talk, 0
-        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         self.port = self.listener.getsockname()[1]
         self.threads = [threading.Thread(target=self.accept)]
 
@@ -662,12 +662,7 @@ class TestServed:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(Path(site.ca_file).with_name("site.pem"))
         context.sni_callback = lambda _, name, __: asked.append(name)
-        with Loopback(Site(context, "").talk(plainly)) as server:
-            server.listener.close()
-            server.listener = socket.create_server(("::1", server.port), family=socket.AF_INET6)
-            again = threading.Thread(target=server.accept)
-            again.start()
-            server.threads.append(again)
+        with Loopback(Site(context, "").talk(plainly), "::1") as server:
             for name in ("b.example", "127.0.0.1", ""):
                 wucme.served("::1", server.port, name, "", 5)
         assert asked == ["b.example", None, None]
