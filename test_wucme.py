@@ -4463,6 +4463,22 @@ class TestHooks:
         assert re.search(r"failed: .*hook.* 1 s", done.err), done.err
         wait_until(lambda: not alive(int((tmp_path / "child").read_text())))
 
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_what_was_begun_is_ended_after_a_signal(self, number: signal.Signals, fake: fakeca.FakeCA, lab: Host,
+                                                    tmp_path: Path) -> None:
+        hook = recorder(tmp_path)
+        fake.always_valid = True
+        fake.misbehave("order_pending_for_ever")
+        lab.write(challenge="dns-01", listen="", hook=f"uacme:{hook}")
+        with lab.start("issue", "a.example.test") as process:
+            wait_until(lambda: any(path.startswith("/challenge") for _, path, _ in fake.requests))
+            process.send_signal(number)
+            process.communicate(timeout=10)
+        fake.misbehave()
+        assert lab.run().status == 0
+        calls = [call.split() for call in arguments(hook)]
+        assert {call[3] for call in calls if call[0] != "begin"} == {call[3] for call in calls}, "then or next"
+
     def test_what_a_hook_prints_is_bounded_and_harmless(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
         hook = recorder(tmp_path, r"printf '\033[31mred\007\n'; yes flood | head -n 100000")
         fake.always_valid = True
@@ -4639,10 +4655,10 @@ class TestChallenges:
         assert bind.ask("_acme-challenge.three.example.test") == []
 
     @pytest.mark.servers
-    @pytest.mark.parametrize(("setting", "said"), [("/nonexistent/key", "/nonexistent/key"),
+    @pytest.mark.parametrize(("setting", "said"), [("/nonexistent/key {address}", "/nonexistent/key"),
                                                    ("{key} 127.0.0.1:1", "127.0.0.1")])
     def test_updates_that_cannot_be(self, setting: str, said: str, zone: Host, bind: testbed.Bind) -> None:
-        zone.write(nsupdate=setting.format(key=bind.key_file))
+        zone.write(nsupdate=setting.format(key=bind.key_file, address=bind.address))
         done = zone.run("issue", "four.example.test")
         assert done.status == 1
         assert said in done.err
