@@ -10,6 +10,7 @@ import ast
 import base64
 import contextlib
 import email.utils
+import functools
 import gc
 import hashlib
 import http.client
@@ -28,6 +29,7 @@ import smtplib
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import symtable
 import sys
@@ -79,11 +81,32 @@ DAY = 86400.0
 NOW = 1770942000.0              # 2026-02-13 00:20:00 UTC
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 LOOPBACKS = ["127.0.0.1", *(["::1"] if wucme.proc_text("net", "if_inet6") else [])]
-bounded = settings(max_examples=60, deadline=None, derandomize=True, database=None,
+EXAMPLES = int(os.environ.get("WUCME_EXAMPLES", "60"))       # many more, and other ones each time, where it is set
+bounded = settings(max_examples=EXAMPLES, deadline=None, derandomize="WUCME_EXAMPLES" not in os.environ, database=None,
                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 scalars = st.sampled_from([None, True, 0, -1, 10 ** 30, 0.0, float("inf"), float("nan"), "", "x", "\udc80"])
 json_values = (scalars | st.lists(scalars, max_size=3)
                | st.dictionaries(st.sampled_from(["x", "value", ""]), scalars, max_size=2))
+members = st.sampled_from(["value", "type", "url", "token", "status", "error", "start", "end", "identifier", ""])
+deep_values = (json_values | st.lists(json_values, max_size=3) | st.dictionaries(members, json_values, max_size=4)
+               | st.lists(st.dictionaries(members, json_values, max_size=4), max_size=3))
+any_line: st.SearchStrategy[str] = st.text(st.characters(), min_size=1, max_size=40).map(str.strip).filter(bool)
+
+
+def armour(label: str, der: bytes) -> bytes:
+    """DER as PEM."""
+    return f"-----BEGIN {label}-----\n".encode() + base64.encodebytes(der) + f"-----END {label}-----\n".encode()
+
+
+def spoilt(data: bytes) -> st.SearchStrategy[bytes]:
+    """The same bytes with some of them changed, doubled, or gone."""
+    change = st.tuples(st.integers(0, len(data) - 1), st.integers(0, 2), st.binary(max_size=3))
+    def apply(changes: list[tuple[int, int, bytes]]) -> bytes:
+        found = data
+        for at, gone, new in changes:
+            found = found[:at] + new + found[at + gone:]
+        return found
+    return st.lists(change, min_size=1, max_size=4).map(apply)
 
 
 @pytest.fixture
@@ -1177,12 +1200,31 @@ class TestChains:
         b"-----END EC PRIVATE KEY-----", b"-----BEGIN ", b"-----", b"AAAA", CHAIN]), max_size=12).map(b"".join))
     def test_no_bytes_upset_the_cutting_of_blocks(self, data: bytes) -> None:
         for found in wucme.certificates(data):
-            assert found.startswith(b"-----BEGIN CERTIFICATE-----\n")
+            assert re.match(rb"-----BEGIN CERTIFICATE-----\s", found)
             assert found.endswith(b"-----END CERTIFICATE-----\n")
         with contextlib.suppress(wucme.PemError):
             assert wucme.facts(data).kind
         with contextlib.suppress(wucme.PemError):
             wucme.check_chain(data, KEY_HASH, NAMES, NOW)
+
+    @bounded
+    @given(data=spoilt(CHAIN) | spoilt(wucme.certificate_der(CHAIN)).map(
+        lambda der: armour("CERTIFICATE", der) + INTERMEDIATE.pem))
+    def test_a_spoilt_chain_is_refused_or_read(self, data: bytes) -> None:
+        with contextlib.suppress(wucme.PemError):
+            assert wucme.facts(data).fingerprint
+        with contextlib.suppress(wucme.PemError):
+            wucme.check_chain(data, KEY_HASH, NAMES, NOW)
+        with contextlib.suppress(wucme.PemError):
+            wucme.chain_matches(data, "root")
+
+    @bounded
+    @given(data=spoilt(wucme.key_pem(KEY)) | spoilt(KEY.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())).map(
+            lambda der: armour("PRIVATE KEY", der)))
+    def test_a_spoilt_key_is_refused_or_read(self, data: bytes) -> None:
+        with contextlib.suppress(wucme.PemError):
+            assert wucme.key_kind(wucme.parse_key(data).public_key())
 
     @pytest.mark.parametrize(("seconds", "text"), [
         (1773406331, "Mar 13 12:52:11 2026 GMT"), (0, "Jan 01 00:00:00 1970 GMT"),
@@ -1296,6 +1338,13 @@ class TestCheckChain:
             assert wucme.facts(leaf).names == ()
         with pytest.raises(wucme.PemError):
             wucme.check_chain(leaf + INTERMEDIATE.pem, KEY_HASH, [], NOW)
+
+    def test_a_signature_of_a_kind_not_known_yet_is_no_reason_to_refuse(self) -> None:
+        known_kind, another = bytes.fromhex("06082a8648ce3d040302"), bytes.fromhex("06082a8648ce3d04037f")
+        leaf = wucme.certificate_der(CHAIN)
+        assert leaf.count(known_kind) == 2
+        chain = armour("CERTIFICATE", leaf.replace(known_kind, another)) + INTERMEDIATE.pem
+        assert wucme.check_chain(chain, KEY_HASH, NAMES, NOW) == []
 
     @pytest.mark.parametrize("identifiers", [True, False])
     def test_an_issuer_of_the_right_name_with_another_key_is_refused(self, identifiers: bool) -> None:
@@ -1552,6 +1601,22 @@ class TestSettings:
 
 
 class TestIniFile:
+    @bounded
+    @given(data=st.binary(max_size=60) | spoilt(b"[wucme]\nrenew = 30d\nload =\n    +nginx\n    $ a = b\n[a.test]\n"))
+    def test_any_file_is_settings_or_refused_with_its_name(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "w.ini").write_bytes(data)
+        told = str(tmp_path)
+        try:
+            wucme.load_items(wucme.read_settings(wucme.read_source(str(tmp_path / "w.ini")), {}))
+        except wucme.SettingsError as error:
+            told = wucme.sentence(error)
+        assert told.startswith(str(tmp_path))
+
+    def test_ten_megabytes_are_no_ini(self, tmp_path: Path) -> None:
+        (tmp_path / "w.ini").write_bytes(b"# \n" * (10 << 20))
+        with pytest.raises(wucme.SettingsError, match="more than the 1048576 that are read"):
+            wucme.read_source(str(tmp_path / "w.ini"))
+
     @pytest.mark.parametrize(("bits", "user", "fine"), [(0o644, 0, True), (0o646, 0, False), (0o646, 1000, True)])
     def test_an_ini_that_anyone_may_write_is_refused_as_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                              bits: int, user: int, fine: bool) -> None:
@@ -1802,6 +1867,13 @@ class TestInventory:
 
 @pytest.mark.usefixtures("no_power_cuts")
 class TestMemory:
+    @bounded
+    @given(data=st.binary(max_size=20) | spoilt(json.dumps(wucme.Memory(window=(1.0, 2.0, 1.5))._asdict()).encode()))
+    def test_any_bytes_are_a_memory_or_none(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "x").write_bytes(data)
+        memory = wucme.read_memory(str(tmp_path / "x"))
+        wucme.decide(entry(known(90 * DAY, 80 * DAY), memory=memory), NOW)
+
     def test_what_is_remembered_comes_back(self, tmp_path: Path) -> None:
         put(tmp_path, "x")
         entry = wucme.remember(str(tmp_path), look(tmp_path), order="https://o", names=("a", "b"), problem="p\udcff")
@@ -1974,8 +2046,8 @@ class TestPlan:
     @pytest.mark.parametrize(("ahead", "held"), [(6 * DAY, True), (8 * DAY, False), (float("inf"), False),
                                                  (float("nan"), False)])
     def test_what_was_written_by_a_wrong_clock_holds_nothing_back(self, when: str, ahead: float, held: bool) -> None:
-        kept = {"retry_at": wucme.Memory(retry_at=NOW + ahead), "held_until": wucme.Memory(held_until=NOW + ahead)}
-        found = entry(known(90 * DAY, 89 * DAY), memory=kept[when])
+        memory = wucme.Memory()._replace(**{when: NOW + ahead})     # type: ignore[arg-type]
+        found = entry(known(90 * DAY, 89 * DAY), memory=memory)
         assert wucme.decide(found, NOW).held is held
 
     def test_what_is_declared_and_missing_is_due(self) -> None:
@@ -2245,6 +2317,16 @@ class TestListener:
         assert time.monotonic() - start < 2
         assert b"tok.print" in front.say(GET)
 
+    @bounded
+    @given(data=st.binary(max_size=80) | spoilt(GET))
+    def test_no_bytes_upset_the_listener(self, front: Fronts, data: bytes) -> None:
+        with front.connect() as peer, contextlib.suppress(ConnectionError):
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+            said = b"".join(iter(lambda: peer.recv(4096), b""))
+            assert b"tok.print" not in said or b"/.well-known/acme-challenge/tok" in data
+        assert front.say(GET).endswith(b"tok.print")
+
     def test_http_without_a_version_gets_the_bare_answer(self, front: Fronts) -> None:
         assert front.say(b"GET /.well-known/acme-challenge/tok\r\n\r\n") == b"tok.print"
 
@@ -2433,6 +2515,23 @@ class TestAcme:
     def test_no_problem_is_a_problem(self, problem: dict[str, Any]) -> None:
         assert wucme.problem_text(problem).isprintable()
 
+    @bounded
+    @given(found=st.dictionaries(st.sampled_from(["suggestedWindow", "explanationURL"]), deep_values |
+                                 st.fixed_dictionaries({"start": any_line | st.just("2026-11-24T00:00:00Z"),
+                                                        "end": any_line | st.just("2026-11-25T00:00:00.12345+01:00")})))
+    def test_any_renewal_information_is_a_window_or_none(self, found: dict[str, Any]) -> None:
+        window = wucme.parse_window(found)
+        assert window is None or (window.start < window.end and window.about.isprintable())
+
+    @bounded
+    @given(text=st.text(st.characters(max_codepoint=255), max_size=60) | st.text(
+        st.sampled_from("0123456789 -:,GMTFriNov"), max_size=30))
+    def test_no_header_upsets_its_reader(self, text: str) -> None:
+        assert wucme.http_date(text) is None or text
+        assert len(wucme.alternates(response(Link=text))) <= 10
+        with contextlib.suppress(ValueError):
+            wucme.mac_key(text)
+
     @pytest.mark.parametrize("body", [b"", b"[]", b"<html>\n", b"\xff", b"[" * 99999, b"null"], ids=brief)
     def test_what_is_no_object_is_quoted(self, body: bytes) -> None:
         with pytest.raises(wucme.NetworkError) as caught:
@@ -2505,6 +2604,38 @@ class TestClient:
     def test_an_order(self) -> None:
         assert client().parse_order("https://ca.test:14000/o", self.ORDER, ["a.example"]) == wucme.Order(
             "https://ca.test:14000/o", "ready", ("https://ca.test:14000/a",), "https://ca.test:14000/f", "", {})
+
+    @bounded
+    @given(change=st.dictionaries(st.sampled_from(["status", "identifiers", "authorizations", "finalize", "certificate",
+                                                   "error"]), deep_values))
+    def test_any_order_is_one_or_is_refused(self, change: dict[str, Any]) -> None:
+        with contextlib.suppress(wucme.NetworkError):
+            found = client().parse_order("https://ca.test:14000/o", {**self.ORDER, **change}, ["a.example"])
+            assert wucme.problem_text(found.error).isprintable()
+
+    @bounded
+    @given(change=st.dictionaries(st.sampled_from(["status", "identifier", "challenges"]), deep_values | st.lists(
+        st.fixed_dictionaries({"type": st.sampled_from(["http-01", "x"])}, optional={"url": any_line, "token": deep_values,
+                                                                      "error": deep_values}), max_size=2)))
+    def test_any_authorization_is_one_or_is_refused(self, change: dict[str, Any]) -> None:
+        about = {"identifier": {"type": "dns", "value": "a.example"}, "status": "pending", **change}
+        made = client()
+        made.post = lambda *_: response(body=json.dumps(about).encode())        # type: ignore[method-assign]
+        with contextlib.suppress(wucme.NetworkError):
+            found = made.authorization("https://ca.test:14000/a", ["a.example"])
+            assert all(wucme.TOKEN.fullmatch(one.token) for one in found.challenges)
+
+    @bounded
+    @given(change=st.dictionaries(st.sampled_from(["newNonce", "newOrder", "meta", "renewalInfo", "keyChange"]),
+                                  deep_values | st.fixed_dictionaries({"profiles": deep_values,
+                                                                       "termsOfService": deep_values})))
+    def test_any_directory_is_one_or_is_refused(self, log: wucme.Log, change: dict[str, Any]) -> None:
+        about = {name: f"https://ca.test:14000/{name}" for name in ("newNonce", "newAccount", "newOrder")}
+        made = client()
+        made.world = wucme.REAL
+        made.send = lambda *_: response(body=json.dumps({**about, **change}).encode())      # type: ignore[method-assign]
+        with contextlib.suppress(wucme.NetworkError):
+            assert made.fetch_directory().terms.isprintable()
 
     @pytest.mark.parametrize("change", [
         {"identifiers": [{"value": "b.example"}]}, {"identifiers": None}, {"identifiers": [7]}, {"authorizations": []},
@@ -2723,6 +2854,12 @@ class TestStore:
 # --- 11. load ----------------------------------------------------------------------------------
 
 class TestItems:
+    @bounded
+    @given(sign=st.sampled_from("+@$>? "), rest=any_line | st.sampled_from(["nginx", "/bin/true 'a", "a\0b"]))
+    def test_any_line_is_an_item_or_refused(self, sign: str, rest: str) -> None:
+        with contextlib.suppress(ValueError):
+            assert wucme.parse_item(f"{sign}{rest}".strip()).argv
+
     @pytest.mark.parametrize(("text", "argv", "options"), [
         ("+", ("nginx", "apache", "haproxy", "caddy", "lighttpd"), {}), ("+nginx", ("nginx",), {}),
         ("+ postfix", ("postfix",), {}), ("+systemd  a@b.service", ("systemd", "a@b.service"), {}),
@@ -3328,6 +3465,9 @@ class Done(NamedTuple):
         return [line.partition(": ")[2] for line in self.err.splitlines()]
 
 
+HOSTS: list[Host] = []      # all that there were
+
+
 class Host:
     """A host as the script sees it: a home, an ini, a directory."""
 
@@ -3336,7 +3476,11 @@ class Host:
         self.directory.mkdir()
         self.settings = {"directory": str(self.directory), "server": server, "ca_file": str(ca_file), "agree": "yes",
                          "listen": listen, "host": "alpha", "lock_wait": "20s"}
-        self.environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+        # No CA but those of the tests can be reached, whatever an ini names.
+        self.environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1",
+                            "https_proxy": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1"}
+        self.said = ""
+        HOSTS.append(self)
         self.write()
 
     def write(self, *load: str, sections: str = "", **changes: str) -> None:
@@ -3355,6 +3499,7 @@ class Host:
         done = subprocess.run(self.command(*arguments), env={**self.environment, **environment}, cwd=self.home,
                               stdin=subprocess.DEVNULL, capture_output=True, timeout=90, check=False)
         result = Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+        self.said += result.out + result.err
         assert "Traceback" not in result.err
         return result
 
@@ -3388,6 +3533,36 @@ class Host:
         """What is in the directory that no finished run should leave."""
         return {path.name for path in self.directory.rglob("*") if path.name.endswith("_tmp")
                 or path.parent.name == "tokens"}
+
+
+def secrets_of(directory: Path) -> set[str]:
+    """The private keys and MAC keys in the files of a directory, in every form in which one might be told."""
+    found = set()
+    for path in (path for path in directory.rglob("*") if path.is_file() and path.stat().st_size < 1 << 20):
+        content = path.read_bytes()
+        found |= {content.decode().strip()} if path.name == "mac" else set()
+        for block in wucme.blocks(content, "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY"):
+            found |= {line for line in block.decode("ascii", "replace").splitlines()[1:-1] if len(line) > 20}
+            with contextlib.suppress(wucme.PemError):
+                numbers: Any = wucme.parse_key(block).private_numbers()
+                secret = getattr(numbers, "private_value", 0) or numbers.d
+                found |= {str(secret), f"{secret:x}", wucme.base64url(secret.to_bytes(512, "big").lstrip(b"\0"))}
+    return found
+
+
+def told_secrets(host: Host) -> list[str]:
+    """Where a secret of a host is written that is not a file for it."""
+    told = {"its output": host.said, **{str(path): path.read_text("utf-8", "replace") for path in host.home.rglob("*")
+                                        if path.is_file() and re.search(r"\.(log|json|lock|told)(_tmp)?$", path.name)}}
+    return [f"{where}: {secret[:12]}..." for secret in secrets_of(host.home) for where, text in told.items()
+            if secret in text]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_secret_is_told() -> Iterator[None]:
+    """Compares, when all tests are over, all that was logged and printed with all keys that there were."""
+    yield
+    assert [told for host in HOSTS for told in told_secrets(host)] == []
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
@@ -4146,6 +4321,66 @@ class TestInterruption:
         assert "Traceback" not in said
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", fake.http_port)) != 0
+
+    def test_500_silent_and_10000_hostile_callers_keep_nobody_out(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        reset = struct.pack("ii", 1, 0)
+        hostile = [b"", b"G", GET[:-2], GET, b"junk\r\n\r\n", b"\x16\x03\x01\x02\x00", b"\0" * 100, GET * 3,
+                   b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\nx", b"GET /" + b"x" * 8200]
+        with self.held(fake, lab) as process, contextlib.ExitStack() as stack:
+            token, front = next((lab.directory / "tokens").iterdir()), Fronts("127.0.0.1", fake.http_port,
+                                                                              threading.Event())
+            silent = [stack.enter_context(front.connect()) for _ in range(500)]
+            for number in range(10_000):
+                with front.connect() as peer, contextlib.suppress(ConnectionError):
+                    peer.sendall(hostile[number // 2 % len(hostile)])
+                    if number % 2:
+                        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                    else:               # or all would wait a second for each 128 that are not accepted yet
+                        peer.shutdown(socket.SHUT_WR)
+                        peer.recv(1)
+                if number % 1000 == 999:
+                    start = time.monotonic()
+                    assert front.say(GET.replace(b"tok", token.name.encode())).endswith(token.read_bytes())
+                    assert time.monotonic() - start < 3
+            assert select.select(silent[:1], [], [], 0)[0]
+            about = wucme.proc_text(process.pid, "status")
+            assert int(re.findall(r"VmHWM:\s+(\d+)", about)[0]) < 100 * 1024
+            assert int(re.findall(r"Threads:\s+(\d+)", about)[0]) < wucme.OPEN_CONNECTIONS + 20
+            fake.misbehave()
+            assert process.wait(60) == 0
+
+    def test_callers_that_hold_on_do_not_hold_up_the_end(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        with self.held(fake, lab) as process, contextlib.ExitStack() as stack:
+            for number in range(300):
+                caller = stack.enter_context(socket.create_connection(("127.0.0.1", fake.http_port), 5))
+                caller.sendall(GET[:number % len(GET)])
+            begun = time.monotonic()
+            process.terminate()
+            process.communicate(timeout=10)
+            assert time.monotonic() - begun < 1
+            assert process.returncode == 143
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", fake.http_port)) != 0
+
+    @pytest.mark.parametrize(("number", "again"), [(signal.SIGKILL, "one\ntwo\none\ntwo\nthree\n"),
+                                                   (signal.SIGTERM, "one\ntwo\ntwo\nthree\n")])
+    def test_run_that_ends_amid_its_loads_leaves_the_rest_to_the_next(self, lab: Host, tmp_path: Path,
+                                                                     number: signal.Signals, again: str) -> None:
+        lab.old_pair("a.example.test", days=80)
+        done, gate = tmp_path / "done", tmp_path / "gate"
+        os.mkfifo(gate)
+        lab.write(*[f"$ echo {word} >> {done}" + f"; test -e {tmp_path}/open || cat {gate}" * (word == "two")
+                    for word in ("one", "two", "three")], renew="never")
+        with lab.start() as process:
+            wait_until(lambda: done.exists() and done.read_text() == "one\ntwo\n")
+            process.send_signal(number)
+            process.communicate(timeout=10)
+        (tmp_path / "open").touch()
+        with contextlib.suppress(OSError):      # what a killed run started goes on: let it end
+            os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+        assert lab.run().status == 0
+        assert done.read_text() == again, "all of it again after a kill, what is left after a signal"
+        assert lab.run() == Done(0, "", "")
 
     def test_load_is_ended_with_its_children(self, lab: Host, tmp_path: Path) -> None:
         lab.old_pair("a.example.test", days=80)
@@ -5056,6 +5291,58 @@ class TestLoad:
         tame.write(f"@{procedure}")
         assert f"chmod o-w {procedure}" in tame.run().err
 
+    @pytest.mark.parametrize(("item", "said"), [
+        ("$ exit 127", "exit status 127"), ("$ kill -9 $$", "killed by signal 9"), ("$ no-such-command", "not found"),
+        ("@/", "Permission denied"), ("@/nonexistent", "No such file or directory"),
+        ("$ printf '\\000\\377\\033[2J'; exit 3", "\\x1b[2J"),
+    ])
+    def test_whatever_fails_is_owed_and_the_rest_is_done(self, tame: Host, tmp_path: Path, item: str,
+                                                         said: str) -> None:
+        tame.write(item, f"$ echo x >> {tmp_path}/rest")
+        for _ in range(2):
+            done = tame.run("--verbose")
+            assert (done.status, done.lines[-1]) == (1, "2 files, 1 certs, 0 renewed, 0 failed, 1 owed")
+            assert said in done.err
+            assert all(line.isprintable() for line in done.err.splitlines())
+        assert (tmp_path / "rest").read_text() == "x\n"
+
+    def test_garbage_on_the_output_is_no_failure(self, tame: Host) -> None:
+        tame.write("$ head -c 200000 /dev/urandom; head -c 100000 /dev/urandom >&2")
+        assert tame.run().status == 0
+        log = (tame.directory / "wucme.log").read_text()
+        assert all(line.isprintable() for line in log.splitlines())
+        assert len(log) < 1_000_000
+
+    def test_children_of_a_load_that_is_stopped_are_killed(self, tame: Host, tmp_path: Path) -> None:
+        tame.write(f"$ sleep 321 & echo $! > {tmp_path}/child; (sleep 322 & echo $! > {tmp_path}/grandchild); wait",
+                   load_timeout="1s")
+        assert "stopped after 1 s" in tame.run().err
+        for name in ("child", "grandchild"):
+            pid = int((tmp_path / name).read_text())
+            wait_until(functools.partial(lambda pid: not alive(pid), pid))
+
+    def test_bomb_of_children_ends_with_the_run(self, tame: Host, tmp_path: Path) -> None:
+        tame.write(f"$ for n in $(seq 200); do sleep 323 & echo $! >> {tmp_path}/bomb; done; exit 4")
+        assert "exit status 4" in tame.run().err
+        pids = [int(pid) for pid in (tmp_path / "bomb").read_text().split()]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert len(pids) == 200
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "\0\xff", '{"facts": 7, "retry_at": "x", "window": [1]}',
+                                      '{"retry_at": 1e300, "held_until": 1e300, "ask_at": 1e300, "failures": -5}',
+                                      '{"order": "file:///etc/passwd", "order_server": 3}', "[" * 100000], ids=brief)
+    def test_state_that_is_spoilt_is_learnt_again(self, fake: fakeca.FakeCA, lab: Host, text: str) -> None:
+        before = lab.old_pair("a.example.test")
+        for name in ("s_a.example.test", "s_account", "l_alpha"):
+            (lab.directory / f"wucme_{name}.json").write_text(text)
+        (lab.directory / "wucme.lock").write_text(text)
+        lab.run("status")
+        assert lab.run().status == 0
+        assert lab.pair() != before
+        assert lab.run() == Done(0, "", "")
+
     def test_load_verb_repeats_the_list(self, tame: Host, tmp_path: Path) -> None:
         tame.write(f"$ echo x >> {tmp_path}/count")
         assert tame.run("load", "--dry-run").out == f"would run $ echo x >> {tmp_path}/count for a.example.test\n"
@@ -5390,6 +5677,14 @@ def shown_by(port: int, protocol: str = "") -> bytes:
     with socket.create_connection(("127.0.0.1", port), 5) as plain, \
             context.wrap_socket(plain, server_hostname="a.example.test") as secure:
         return secure.getpeercert(True) or b""
+
+
+@bounded
+@given(words=st.lists(any_line | st.sampled_from(["run", "issue", "a.example", "--force", "--renew", "30d", "--", "-",
+                                               "--no-agree", "--load=+nginx", "--listen", "--ini"]), max_size=6))
+def test_any_command_line_is_understood_or_refused(words: list[str]) -> None:
+    with contextlib.suppress(wucme.SettingsError):
+        wucme.option_texts(vars(wucme.argument_parser().parse_intermixed_args(words)))
 
 
 @pytest.mark.process
@@ -5777,7 +6072,7 @@ class TestHarmLimits:
 
     def test_name_of_the_ca_that_does_not_resolve_is_no_failure_of_the_certificate(self, lab: Host) -> None:
         lab.old_pair("a.example.test")
-        lab.write(server="https://nobody.invalid/directory")
+        lab.write(server="https://nobody.invalid/directory", proxy="none")
         assert "the name does not resolve" in lab.run().err
         state = json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())
         assert (state["failures"], state["retry_at"]) == (0, 0)
@@ -5891,3 +6186,22 @@ class TestOddPlaces:
                 flushed -= set(paths[:1])
         assert not waiting
         assert renamed >= 7
+
+
+@pytest.mark.process
+def test_children_are_told_no_secret(tmp_path: Path) -> None:
+    mac = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
+    with fakeca.FakeCA(tmp_path, testbed.free_ports(1)[0], eab={"kid-1": mac}) as fake:
+        lab = Host(tmp_path, fake.url, fake.ca_file, f"127.0.0.1:{fake.http_port}")
+        (tmp_path / "mac").write_text(mac)
+        told = tmp_path / "children.told"
+        lab.write(f"$ cat /proc/$$/environ /proc/$$/cmdline /proc/$PPID/environ /proc/$PPID/cmdline > {told}",
+                  eab_kid="kid-1", eab_hmac=mac, rotate="yes")
+        assert lab.run("issue", "a.example.test", "--verbose").status == 0
+    assert b"WUCME_KEY=" in told.read_bytes()
+    assert b"--verbose" in told.read_bytes()
+    assert len(secrets_of(tmp_path)) > 6
+    assert told_secrets(lab) == []
+    lab.said += lab.key().read_text()
+    assert told_secrets(lab), "or this test could not see one"
+    lab.said = ""
