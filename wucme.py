@@ -2560,6 +2560,12 @@ def by_greeting(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
             answers.asked.pop(token, None)
 
 
+def all_said(finished: Finished) -> str:
+    """The problem of a DNS tool and all that it said, "" for none."""
+    missing = " (Debian has it in bind9-dnsutils)" if finished.problem.startswith("cannot be run") else ""
+    return "; ".join([finished.problem, *finished.output])[:400] + missing if finished.problem else ""
+
+
 def ask_dns(task: Task, kind: str, name: str, at: Sequence[str] = ()) -> list[str]:
     """What the DNS says, in the words of dig; ChallengeError where it cannot be asked."""
     server = task.wanted.nsupdate.server if task.wanted.nsupdate else ("", 53)
@@ -2567,7 +2573,7 @@ def ask_dns(task: Task, kind: str, name: str, at: Sequence[str] = ()) -> list[st
     finished = task.world.command(["dig", "+short", "+time=3", "+tries=2", *where, kind, name], child_environment(),
                                   COMMAND_SECONDS)
     if finished.problem:
-        raise ChallengeError(f"dig {kind} {name}: {with_last_line(finished)} (Debian: bind9-dnsutils)")
+        raise ChallengeError(f"dig {kind} {name}: {all_said(finished)}")
     return finished.output
 
 
@@ -2631,7 +2637,7 @@ def update(task: Task, what: str, at: str, text: str) -> str:
     lines += [f'update {what} {at} {"60 " if what == "add" else ""}IN TXT "{text}"', "send", ""]
     finished = task.world.command(["nsupdate", "-t", "20", "-k", to.key], child_environment(), COMMAND_SECONDS,
                                   given="\n".join(lines))
-    return f"nsupdate: {at}: {with_last_line(finished)}" if finished.problem else ""
+    return f"nsupdate: {at}: {all_said(finished)}" if finished.problem else ""
 
 
 @contextlib.contextmanager
