@@ -2640,24 +2640,30 @@ def update(task: Task, what: str, at: str, text: str) -> str:
     return f"nsupdate: {at}: {all_said(finished)}" if finished.problem else ""
 
 
+def undo_update(task: Task, one: Proof, *_: str) -> str:
+    """Delete the record that proved a name; the problem, or ""."""
+    return update(task, "delete", record_name(task, one.name), base64url(one.digest))
+
+
 @contextlib.contextmanager
 def by_nsupdate(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     """Answer dns-01 by records in a zone that takes updates."""
     added: list[tuple[str, str]] = []
+    begun = []
     try:
         for one in proofs:
-            record = record_name(task, one.name), base64url(one.digest)
-            log(f"{task.names[0]}: setting {record[0]} TXT {record[1]}")
-            problem = update(task, "add", *record)
+            added.append((record_name(task, one.name), base64url(one.digest)))
+            log(f"{task.names[0]}: setting {added[-1][0]} TXT {added[-1][1]}")
+            problem = update(task, "add", *added[-1])
             if problem:
-                update(task, "delete", *record)     # it may be there all the same
+                undo_update(task, one)      # it may be there all the same
                 raise ChallengeError(problem)
-            added.append(record)
+            begun.append(one)
         await_records(task, added)
         yield
     finally:
-        for record in added:
-            problem = update(task, "delete", *record)
+        for one in begun:
+            problem = undo_update(task, one)
             if problem:
                 log(f"{task.names[0]}: a record stays behind: {problem}")
 
@@ -2713,6 +2719,16 @@ def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields:
     return finished
 
 
+def undo_hook(task: Task, one: Proof, verdict: str = "failed", output: str = "") -> str:
+    """Tell a hook that it may clean up what it did for a name; the problem, or ""."""
+    hook = cast(Hook, task.wanted.hook)
+    if not hook.end:
+        return ""
+    dialect = DIALECTS[hook.family]
+    fields = {**hook_fields(task, one, dialect), "verdict": verdict, "output": output}
+    return with_last_line(call_hook(task, hook.end, dialect.end, fields))
+
+
 @contextlib.contextmanager
 def by_hook(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     """Have a program of the user's answer; whatever was begun is ended too."""
@@ -2720,36 +2736,67 @@ def by_hook(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     dialect = DIALECTS[hook.family]
     if os.geteuid() == 0 and anyone_may_write(hook.begin[0]):
         raise ChallengeError(f"{hook.begin[0]}: anyone may write this file, and root would run it; chmod o-w it")
-    begun, verdict = [], "failed"
+    begun, records, verdict = [], [], "failed"
     try:
         for rest, one in zip(range(len(proofs) - 1, -1, -1), proofs):
-            fields = {**hook_fields(task, one, dialect), "rest": str(rest)}
-            finished = call_hook(task, hook.begin, dialect.begin, {**fields, "verdict": "begin"})
+            fields = {**hook_fields(task, one, dialect), "rest": str(rest), "verdict": "begin"}
+            finished = call_hook(task, hook.begin, dialect.begin, fields)
+            records.append((fields["fqdn"], fields["value"]))
             if dialect.failure != "decline" or not finished.problem.startswith("exit status"):
-                begun.append({**fields, "output": "\n".join(finished.output).strip()})
+                begun.append((one, "\n".join(finished.output).strip()))
             if finished.problem and dialect.failure != "ignore":
                 raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} "
                                      f"{dialect.failure}s {one.kind}: {with_last_line(finished)}")
             if finished.problem:
                 log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
         if dialect.waits:
-            await_records(task, [(fields["fqdn"], fields["value"]) for fields in begun])
+            await_records(task, records)
         yield
         verdict = "done"
     finally:
-        for fields in begun if hook.end else ():
-            finished = call_hook(task, hook.end, dialect.end, {**fields, "verdict": verdict})
-            if finished.problem:
-                log(f"{task.names[0]}: the hook failed to clean up: {with_last_line(finished)}")
+        for one, output in begun:
+            problem = undo_hook(task, one, verdict, output)
+            if problem:
+                log(f"{task.names[0]}: the hook failed to clean up: {problem}")
 
 
 WAYS = {"webroot": by_webroot, "listen_tls": by_greeting, "nsupdate": by_nsupdate, "record": by_record, "hook": by_hook}
+
+
+UNDO: dict[str, Callable[..., str]] = {"nsupdate": undo_update, "hook": undo_hook}
+
+
+@contextlib.contextmanager
+def journal(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+    """Keep in tokens/ what is published elsewhere meanwhile, so that a later run can undo it if this one is killed."""
+    path = os.path.join(task.answers.directory, f".{file_label(task.names[0])}")
+    lasting = [one for one in proofs if set(ways(task.wanted, one.kind)) & set(UNDO)]
+    if lasting:
+        make_directory(task.answers.directory)
+        create(path, json.dumps({"names": task.names, "proofs": lasting}).encode())
+    try:
+        yield
+    finally:
+        remove(path)
+
+
+def undo_left(task: Task, path: str) -> list[str]:
+    """Undo what the journal of a killed run tells, by the ways that are set now; a line for each."""
+    lines, found = [], read_json(path).get("proofs")
+    for row in found if isinstance(found, list) else []:
+        one = Proof(*map(str, row)) if isinstance(row, list) and len(row) == 4 else None
+        for way in ways(task.wanted, one.kind) if one and one.kind in CHALLENGES else ():
+            problem = UNDO[way](task, one) if way in UNDO else ""
+            lines.append(f"{task.names[0]}: ended by {way} what a stopped run began{f': {problem}' if problem else ''}")
+    remove(path)
+    return lines
 
 
 @contextlib.contextmanager
 def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     """Answer the CA's questions for as long as this is open; ChallengeError says what cannot be answered, and why."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(journal(task, proofs))
         for kind in dict.fromkeys(one.kind for one in proofs):
             some = [one for one in proofs if one.kind == kind]
             means = [WAYS[way] for way in ways(task.wanted, kind) if way in WAYS]
@@ -4748,6 +4795,24 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         yield from renew_all(due, settings, clients, now)
 
 
+def clean_up(settings: Settings, world: World) -> None:
+    """Finish or undo what a run that was stopped left behind."""
+    import threading
+    directory = settings.run.directory
+    for path in sweep(directory):
+        log(f"removed {path}, left by a run that was stopped")
+    answers = Answers(directory)
+    for name in os.listdir(answers.directory) if os.path.isdir(answers.directory) else ():
+        path = os.path.join(answers.directory, name)
+        names = read_json(path).get("names") if name.startswith(".") else None
+        if isinstance(names, list) and names:
+            section = settings.sections.get(file_label(str(names[0])))
+            task = Task([str(one) for one in names], section.values if section else settings.default, (), 0.0, answers,
+                        world, threading.Event())
+            for line in undo_left(task, path):
+                log(line)
+
+
 def open_ledger(run: RunScope) -> Ledger:
     """This host's ledger."""
     ledger = Ledger(run.directory, run.host)
@@ -4770,8 +4835,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         told = ask_windows(examine(inventory, request, now), settings, clients, now)
         inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
-        for path in sweep(run.directory):
-            log(f"removed {path}, left by a run that was stopped")
+        clean_up(settings, world)
         entries, outcomes = {}, []
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
