@@ -2968,17 +2968,20 @@ class TestStandard:
     MASTER = wucme.Process(4321, 1, "nginx", ["nginx: master process nginx -c /x"])
 
     @pytest.mark.parametrize(("cgroup", "told", "unit"), [
-        ("0::/system.slice/nginx.service\n", "4321", "nginx.service"),
-        ("9:name=systemd:/system.slice/nginx.service\n0::/\n", "4321", "nginx.service"),
-        ("0::/system.slice/supervisord.service\n", "99", ""), ("0::/user.slice/a.service\n", "0", ""),
-        ("0::/\n", "4321", ""), ("0::/docker/abc\n", "4321", ""), ("", "", ""),
+        ("0::/system.slice/nginx.service\n", "MainPID=4321 CanReload=yes", "nginx.service"),
+        ("9:name=systemd:/system.slice/nginx.service\n0::/\n", "CanReload=yes MainPID=4321", "nginx.service"),
+        ("0::/system.slice/nginx.service\n", "MainPID=4321 CanReload=no", ""),
+        ("0::/system.slice/supervisord.service\n", "MainPID=99 CanReload=yes", ""),
+        ("0::/user.slice/a.service\n", "MainPID=0 CanReload=no", ""),
+        ("0::/\n", "MainPID=4321 CanReload=yes", ""), ("0::/docker/abc\n", "MainPID=4321 CanReload=yes", ""),
+        ("", "", ""),
     ])
     def test_the_unit_counts_only_with_the_server_as_its_main_process(
             self, cgroup: str, told: str, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[Any] = []
         monkeypatch.setattr(wucme, "proc_text", lambda pid, name: cgroup)
         monkeypatch.setattr(os.path, "isdir", lambda path: True)
-        world = wucme.World(command=noting(asked, lambda *_, **__: wucme.Finished("", [told])))
+        world = wucme.World(command=noting(asked, lambda *_, **__: wucme.Finished("", told.split())))
         assert wucme.unit_of(self.MASTER, 5, world) == unit
 
     @pytest.mark.parametrize(("unit", "catches", "done", "problem"), [

@@ -823,7 +823,7 @@ def remove(path: str) -> None:
 
 
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
-    """Make a new file, on the disk when this returns; `strict` fails (OSError) if it cannot be given away."""
+    """Make a new file, on the disk when this returns; what was left there goes; `strict`: OSError if not its owner's."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -1118,7 +1118,7 @@ def p12_holds(data: bytes, pair: bytes, password: bytes) -> bool:
     from cryptography.hazmat.primitives.serialization import pkcs12
     try:
         key, leaf, issuers = pkcs12.load_key_and_certificates(data, password)
-    except ValueError:
+    except Exception:       # cryptography has several of its own for what is none
         return False
     held = {certificate.serial_number for certificate in [leaf, *issuers] if certificate}
     return (key is not None and key_hash(key.public_key()) == key_hash(parse_key(pair).public_key())
@@ -3820,12 +3820,12 @@ def server_command(kind: Standard, argv: Sequence[str], master: Process, timeout
 
 
 def unit_of(master: Process, timeout: float, world: World) -> str:
-    """The unit of systemd whose main process a server is, or ""."""
+    """The unit of systemd that a server is the main process of, if it can be reloaded, or ""."""
     unit = re.search(r"(?m)/([^/\n]+\.service)$", proc_text(master.pid, "cgroup"))
     if not unit or not os.path.isdir("/run/systemd/system"):
         return ""
-    told = world.command(["systemctl", "show", "--property=MainPID", "--value", unit[1]], child_environment(), timeout)
-    return unit[1] if told.output[:1] == [str(master.pid)] else ""
+    told = world.command(["systemctl", "show", "--property=MainPID,CanReload", unit[1]], child_environment(), timeout)
+    return unit[1] if {f"MainPID={master.pid}", "CanReload=yes"} <= set(told.output) else ""
 
 
 def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
@@ -3919,6 +3919,8 @@ def write_copy(duty: Duty, _: RunScope, __: World) -> str:
     if what == "p12":
         pair, password = b"".join([key, *chain]), read(options["password_file"]).strip(b"\r\n")
         held = read(path) if os.path.isfile(path) else b""
+        if not password:
+            return f"{options['password_file']}: holds no password"
         data = held if p12_holds(held, pair, password) else make_p12(pair, entry.title, password)
     if not data:
         return f"there are no {what} in {entry.chain}"
