@@ -2237,6 +2237,27 @@ def request(*names: str, key: Any = KEY) -> bytes:
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
+def private_jwk(key: Any) -> dict[str, str]:
+    """A private key as certbot writes it."""
+    numbers = key.private_numbers()
+    secret = {"d": numbers.private_value} if isinstance(key, ec.EllipticCurvePrivateKey) else {
+        "d": numbers.d, "p": numbers.p, "q": numbers.q, "dp": numbers.dmp1, "dq": numbers.dmq1, "qi": numbers.iqmp}
+    return {**wucme.json_web_key(key), **{
+        name: wucme.base64url(value.to_bytes((value.bit_length() + 7) // 8, "big")) for name, value in secret.items()}}
+
+
+class TestJwk:
+    @pytest.mark.parametrize("key", [KEY, rsa_key(), ec.generate_private_key(ec.SECP384R1())])
+    def test_a_key_as_certbot_keeps_it(self, key: Any) -> None:
+        assert wucme.key_pem(wucme.jwk_key(json.dumps(private_jwk(key)).encode())) == wucme.key_pem(key)
+
+    @pytest.mark.parametrize("text", [b"{", b"{}", b"[]", b'{"kty": "EC", "crv": "P-256"}', b'{"kty": "RSA", "n": "AQ"}',
+                                      json.dumps({**private_jwk(KEY), "crv": "X"}).encode(), b'{"kty": 7, "d": 7}'])
+    def test_what_is_no_key_is_refused(self, text: bytes) -> None:
+        with pytest.raises(wucme.PemError, match="neither a PEM private key nor a whole JWK"):
+            wucme.jwk_key(text)
+
+
 class TestRequests:
     def test_what_a_request_says(self) -> None:
         der, names, key = wucme.request_facts(request("b.example", "a.example"))
@@ -2530,7 +2551,7 @@ class TestAcme:
         assert wucme.http_date(text) is None or text
         assert len(wucme.alternates(response(Link=text))) <= 10
         with contextlib.suppress(ValueError):
-            wucme.mac_key(text)
+            wucme.from_base64url(text)
 
     @pytest.mark.parametrize("body", [b"", b"[]", b"<html>\n", b"\xff", b"[" * 99999, b"null"], ids=brief)
     def test_what_is_no_object_is_quoted(self, body: bytes) -> None:
@@ -3439,6 +3460,12 @@ class TestShape:
     def test_the_shipped_ini_is_the_example(self) -> None:
         assert (SCRIPT.parent / "wucme.ini").read_text("utf-8") == wucme.example_ini()
 
+    def test_what_the_readme_says_is_backed_by_tests_that_there_are(self) -> None:
+        named = re.findall(r"`(test_\w+)`", (SCRIPT.parent / "README.md").read_text("utf-8"))
+        mine = Path(__file__).read_text("utf-8")
+        assert [name for name in named if f"    def {name}(" not in mine] == []
+        assert len(named) > 30
+
     def test_an_idle_run_imports_nothing_heavy(self, tmp_path: Path) -> None:
         now, key = time.time(), new_key()
         put(tmp_path, "x", INTERMEDIATE.issue(key, "a.example", now=now), key)
@@ -4228,6 +4255,15 @@ class TestAccountsAndProfiles:
         assert not fake.accounts
         assert lab.run("issue", "a.example.test", "--agree").status == 0
         assert len(fake.accounts) == 1
+
+    def test_account_key_of_certbot_is_taken_over(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        key = new_key()
+        path = lab.directory / "wucme_k_account.pem"
+        path.write_text(json.dumps(private_jwk(key)))
+        done = lab.run("account", "new")
+        assert done.status == 0, done.err
+        assert path.read_bytes() == wucme.key_pem(key)
+        assert "status:  valid" in done.out
 
     def test_key_change_that_was_cut_short_in_the_writing(self, fake: fakeca.FakeCA, lab: Host) -> None:
         lab.run("account", "new")

@@ -7,7 +7,8 @@
 
 SYNOPSIS
   wucme.py [run]                      do all that is due and owed, then exit (for cron)
-  wucme.py issue NAME...              obtain one certificate for these names
+  wucme.py issue NAME...              obtain one certificate for these names, or for a signing
+                                      request: issue --csr FILE
   wucme.py renew [NAME...] [--force]  look at these certificates only; --force: renew them now
   wucme.py load [NAME...]             run the load list now for the certificates as they are
   wucme.py status [--json]            what is there, what is due, what is owed
@@ -18,7 +19,7 @@ SYNOPSIS
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
   at every file of the directory, decides with a reason what is due, opens the challenge listener,
-  obtains the certificates side by side from the CA (ACME, RFC 8555, challenge http-01), checks
+  obtains the certificates side by side from the CA (ACME, RFC 8555), checks
   each one, backs up the old one and renames the new one into place, runs the load list, and
   reports. A certificate that fails never stops another. With nothing due and nothing owed it
   sends nothing, prints nothing (unless at a terminal), and exits 0.
@@ -1129,6 +1130,29 @@ def base64url(data: bytes) -> str:
     """base64url without padding (RFC 7515)."""
     import base64
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def from_base64url(text: str) -> bytes:
+    """The bytes of base64url or base64, padded or not, with blanks in it; ValueError for what is neither."""
+    import base64
+    plain = "".join(text.split()).replace("+", "-").replace("/", "_").rstrip("=")
+    return base64.urlsafe_b64decode(plain + "=" * (-len(plain) % 4))
+
+
+def jwk_key(text: bytes) -> PrivateKey:
+    """The private key of a JWK (RFC 7517), as certbot keeps its account keys; PemError where it is none."""
+    try:
+        found = json.loads(text)
+        numbers = {name: int.from_bytes(from_base64url(value), "big") for name, value in found.items()
+                   if name not in ("kty", "crv")}
+        if found["kty"] == "EC":
+            curve = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}[found["crv"]]
+            return ec.derive_private_key(numbers["d"], curve())
+        public = rsa.RSAPublicNumbers(numbers["e"], numbers["n"])
+        secret = (numbers[name] for name in ("p", "q", "d", "dp", "dq", "qi"))
+        return rsa.RSAPrivateNumbers(*secret, public).private_key()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PemError("neither a PEM private key nor a whole JWK") from error
 
 
 def certificate_id(certificate: x509.Certificate) -> str:
@@ -2994,13 +3018,6 @@ def parse_window(found: Json) -> Window | None:
     return Window(times[0], times[1], printable(about)[:300] if isinstance(about, str) else "")
 
 
-def mac_key(text: str) -> bytes:
-    """A MAC key as CAs hand it out: base64url or base64, padded or not, with blanks in it."""
-    import base64
-    plain = "".join(text.split()).replace("+", "-").replace("/", "_").rstrip("=")
-    return base64.urlsafe_b64decode(plain + "=" * (-len(plain) % 4))
-
-
 class Applicant(NamedTuple):
     """What a new account is made with: contact, and the account elsewhere that it is bound to."""
     contact: Sequence[str]
@@ -3016,7 +3033,7 @@ def bound(key: PrivateKey, who: Applicant, url: str) -> Json:
     protected = base64url(json.dumps({"alg": who.mac_algorithm, "kid": who.kid, "url": url}).encode())
     payload = base64url(json.dumps(json_web_key(key)).encode())
     try:
-        secret = mac_key(who.mac)
+        secret = from_base64url(who.mac)
     except ValueError as error:
         raise PemError("eab_hmac: the MAC key is not base64") from error
     digest = hmac.new(secret, f"{protected}.{payload}".encode(), getattr(hashlib, f"sha{who.mac_algorithm[2:]}"))
@@ -4286,8 +4303,14 @@ def account_key(account: Account) -> PrivateKey:
         log(f"making an account key, {account.key}")
         replace(account.key, key_pem(new_key("ecdsa-p256")))
     log(f"loading key from {account.key}")
+    text = read(account.key)
     try:
-        return parse_key(read(account.key))
+        if not text.lstrip().startswith(b"{"):
+            return parse_key(text)
+        key = jwk_key(text)
+        log(f"{account.key} holds a JWK; it is kept as PEM from now on")
+        replace(account.key, key_pem(key))
+        return key
     except PemError as error:
         raise PemError(f"{account.key}: {error}") from error
 
