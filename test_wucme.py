@@ -2251,7 +2251,7 @@ class TestJwk:
     def test_a_key_as_certbot_keeps_it(self, key: Any) -> None:
         assert wucme.key_pem(wucme.jwk_key(json.dumps(private_jwk(key)).encode())) == wucme.key_pem(key)
 
-    @pytest.mark.parametrize("text", [b"{", b"{}", b"[]", b'{"kty": "EC", "crv": "P-256"}', b'{"kty": "RSA", "n": "AQ"}',
+    @pytest.mark.parametrize("text", [b"{", b"{}", b"[]", b'{"kty": "EC", "crv": "P-256"}', b'{"kty": "RSA"}',
                                       json.dumps({**private_jwk(KEY), "crv": "X"}).encode(), b'{"kty": 7, "d": 7}'])
     def test_what_is_no_key_is_refused(self, text: bytes) -> None:
         with pytest.raises(wucme.PemError, match="neither a PEM private key nor a whole JWK"):
