@@ -1146,11 +1146,11 @@ def jwk_key(text: bytes) -> PrivateKey:
         numbers = {name: int.from_bytes(from_base64url(value), "big") for name, value in found.items()
                    if name not in ("kty", "crv")}
         if found["kty"] == "EC":
-            curve = {"P-256": ec.SECP256R1, "P-384": ec.SECP384R1, "P-521": ec.SECP521R1}[found["crv"]]
-            return ec.derive_private_key(numbers["d"], curve())
+            curves = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}
+            return ec.derive_private_key(numbers["d"], curves[found["crv"]])
         public = rsa.RSAPublicNumbers(numbers["e"], numbers["n"])
-        secret = (numbers[name] for name in ("p", "q", "d", "dp", "dq", "qi"))
-        return rsa.RSAPrivateNumbers(*secret, public).private_key()
+        p, q, d, dp, dq, qi = (numbers[name] for name in ("p", "q", "d", "dp", "dq", "qi"))
+        return rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, public).private_key()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PemError("neither a PEM private key nor a whole JWK") from error
 
