@@ -4160,6 +4160,19 @@ class TestWhenToRenew:
         fake.misbehave()
         assert lab.run().status == 0
 
+    def test_runs_that_come_too_rarely_are_warned_of(self, lab: Host) -> None:
+        assert lab.run("issue", "a.example.test").status == 0
+        lock, now = lab.directory / "wucme.lock", time.time()
+        assert json.loads(lock.read_text())["runs"] == []
+        lock.write_text(json.dumps({"runs": [now - 40 * DAY, "x", now - 20 * DAY]}))
+        done = lab.run()
+        assert done.status == 0
+        assert any(re.search(r"^a\.example\.test: runs come every 480\.0 hours, .* run at least every", line)
+                   for line in done.lines), done.err
+        lab.run("renew", "a.example.test")
+        assert len(json.loads(lock.read_text())["runs"]) == 3
+        assert lab.run() == Done(0, "", "")
+
     def test_next_ca_when_one_cannot_be_reached(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
         lab.write(server="dead alive", sections=f"""
             [server dead]
