@@ -1871,8 +1871,8 @@ class TestResponder:
     @pytest.mark.parametrize("path", [
         "", "/", "/tok", "/.well-known/acme-challenge/", "/.well-known/acme-challenge/../wucme_k_account.pem",
         "/.well-known/acme-challenge/tok/", "/.well-known/acme-challenge/TOK", "/.well-known/acme-challenge/empty",
-        "/.well-known/acme-challenge/" + "x" * 256, "/.well-known/acme-challenge/tok\0", "/.well-known/acme-challenge/.",
-        "/.well-known/acme-challenge/tok\n",
+        "/.well-known/acme-challenge/" + "x" * 256, "/.well-known/acme-challenge/tok\0",
+        "/.well-known/acme-challenge/.", "/.well-known/acme-challenge/tok\n",
     ])
     def test_all_else_is_not_found(self, tokens: Path, path: str) -> None:
         assert self.ask(path, WUCME_DIRECTORY=str(tokens)) == ("404 Not Found", b"")
