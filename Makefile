@@ -4,7 +4,7 @@ SCRIPTS = $(sort $(wildcard *.py .ci/*.py) $(shell grep -l -d skip '^.!.*python'
 export PYTHONPYCACHEPREFIX = $(CURDIR)/.cache/pycache
 export HYPOTHESIS_STORAGE_DIRECTORY = $(CURDIR)/.cache/hypothesis
 
-.PHONY: help demo test lint matrix clean
+.PHONY: help demo test lint faults matrix clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ lint: ## ruff and mypy --strict
 	@$(SETUP) lint >/dev/null
 	@.venv/bin/python -m ruff check --quiet $(SCRIPTS) && echo "ruff: no findings"
 	@.venv/bin/python -m mypy $(SCRIPTS)
+
+faults: ## every step on the disk failed, stopped and killed, and what becomes of it; ARGS=--short
+	@$(SETUP) venv >/dev/null
+	@.venv/bin/python .ci/faults $(ARGS)
 
 matrix: ## the quick tests, on each Python with the oldest and the newest cryptography
 	@$(PYTHON) .ci/matrix

@@ -343,6 +343,31 @@ class TestCommand:
             os.close(descriptor)
         assert finished == wucme.Finished("", ["0"])
 
+    @pytest.mark.parametrize("given", ["two\nlines\n", "x" * 300_000, "\udcff"], ids=["lines", "much", "bytes"])
+    def test_what_is_given_is_read_to_its_end(self, given: str) -> None:
+        assert shell("wc -c", given=given).output == [str(len(given))]
+
+    def test_a_signal_that_came_before_starts_nothing_more(self, tmp_path: Path) -> None:
+        ending = wucme.Ending()
+        ending.number = signal.SIGTERM
+        with pytest.raises(SystemExit) as caught, ending.put_off():
+            (tmp_path / "begun").touch()
+        assert caught.value.code == 143
+        assert not (tmp_path / "begun").exists()
+
+    def test_what_other_threads_run_is_killed_at_the_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(wucme, "ending", wucme.Ending())
+        found: list[wucme.Finished] = []
+        script = f"sleep 60 & echo $! > {tmp_path}/pid_tmp; mv {tmp_path}/pid_tmp {tmp_path}/pid; wait"
+        thread = threading.Thread(target=lambda: found.append(shell(script, 60)))
+        thread.start()
+        wait_until((tmp_path / "pid").exists)
+        wucme.ending.kill()
+        thread.join(10)
+        assert found[0].problem == "killed by signal 9"
+        wait_until(lambda: not alive(int((tmp_path / "pid").read_text())), 2)
+        assert not wucme.ending.groups
+
     def test_no_descriptor_is_left_open(self, tmp_path: Path) -> None:
         before = set(os.listdir("/proc/self/fd"))
         shell("echo said")
@@ -858,6 +883,12 @@ class TestFiles:
         os.umask(before)
         assert [mode(tmp_path / name) for name in ("a", "a/b")] == [0o755, 0o755]
 
+    def test_a_new_directory_is_flushed_in_its_parent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        flushed: list[int] = []
+        monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+        wucme.make_directory(str(tmp_path / "a" / "b"))
+        assert flushed == [tmp_path.stat().st_ino, (tmp_path / "a").stat().st_ino]
+
     def test_a_directory_that_is_there_keeps_its_mode(self, tmp_path: Path) -> None:
         tmp_path.chmod(0o750)
         wucme.make_directory(str(tmp_path))
@@ -1238,6 +1269,17 @@ class TestSettings:
         ("renew", "never", wucme.Renewal()), ("renew", "auto", wucme.Renewal(auto=True)),
         ("renew", "30", wucme.Renewal(seconds=30 * DAY)), ("renew", "30d", wucme.Renewal(seconds=30 * DAY)),
         ("renew", "12h", wucme.Renewal(seconds=43200)), ("renew", "25%", wucme.Renewal(share=0.25)),
+        ("challenge", "dns-01 http-01 dns-01", ("dns-01", "http-01")), ("webroot", "/a /b/", ("/a", "/b")),
+        ("stateless", "yes", True), ("hook", "", None), ("nsupdate", "", None), ("dns_wait", "0s", 0.0),
+        ("hook", "uacme:/h k", wucme.Hook("uacme", ("/h k",), ("/h k",))),
+        ("hook", "certbot:a b,c d", wucme.Hook("certbot", ("/bin/sh", "-c", "a b"), ("/bin/sh", "-c", "c d"))),
+        ("hook", "certbot:a", wucme.Hook("certbot", ("/bin/sh", "-c", "a"), ())),
+        ("nsupdate", "/k", wucme.Updates("/k", ("", 53), "")),
+        ("nsupdate", "/k ns.example zone.example", wucme.Updates("/k", ("ns.example", 53), "zone.example")),
+        ("nsupdate", "/k ns.example:5353", wucme.Updates("/k", ("ns.example", 5353), "")),
+        ("nsupdate", "/k [::1]:54", wucme.Updates("/k", ("::1", 54), "")),
+        ("nsupdate", "/k 2001:db8::1", wucme.Updates("/k", ("2001:db8::1", 53), "")),
+        ("listen_tls", ":8443", (("", 8443),)), ("listen_tls", "none", ()),
         ("listen", "none", ()), ("listen", "", None), ("listen", ":8080", (("", 8080),)),
         ("listen", "127.0.0.1:80 [::1]:81", (("127.0.0.1", 80), ("::1", 81))),
         ("contact", "a@example.org b@example.org", ("a@example.org", "b@example.org")),
@@ -1262,6 +1304,11 @@ class TestSettings:
         ("rotate", "true", "must be yes or no"), ("agree", "", "must be yes or no"),
         ("renew", "0%", "must be auto, never"), ("renew", "100%", "must be auto"), ("renew", "", "must be auto"),
         ("renew", "-3", "must be auto"), ("renew", "30 days", "must be auto"), ("renew", "9" * 309, ""),
+        ("challenge", "http-02", "must be of http-01, dns-01, tls-alpn-01, dns-persist-01"),
+        ("challenge", "", "must name a challenge type"), ("hook", "/h", "must be one of uacme, dehydrated"),
+        ("hook", "lego:h", "the whole path of a file"), ("hook", "acme.sh:/h", "must be one of uacme"),
+        ("hook", "certbot:", "must be one of"), ("nsupdate", "/k a b c", "must be KEYFILE [SERVER[:PORT]] [ZONE]"),
+        ("nsupdate", "/k a:0", "must be :PORT"),
         ("listen", "80", "must be :PORT"), ("listen", ":0", "must be :PORT"), ("listen", ":65536", "must be :PORT"),
         ("listen", "a:http", "must be :PORT"), ("listen", ":²", ""),
         ("server", "", ""), ("server", "letsencript", "no such CA; did you mean letsencrypt?"),
@@ -1691,6 +1738,25 @@ def entry(about: wucme.Facts | None, renew: str = "auto", own: Iterable[str] = (
                        **{"fits": about is not None, **places})
 
 
+class TestRarity:
+    @pytest.mark.parametrize(("lifetime", "gaps", "told"), [
+        (90 * DAY, [DAY, DAY], False), (6 * DAY, [DAY], False), (DAY, [DAY], True), (DAY, [DAY, 300.0], False),
+        (6 * DAY, [3 * DAY, 2 * DAY, 4 * DAY], True), (DAY, [], False), (3600.0, [1800.0], True),
+        (3600.0, [600.0], False),
+    ])
+    def test_runs_must_come_at_least_twice_between_the_renewal_point_and_the_end(
+            self, lifetime: float, gaps: list[float], told: bool) -> None:
+        decision = wucme.decide(entry(known(lifetime, lifetime / 10)), NOW)
+        runs = list(itertools.accumulate([NOW - sum(gaps), *gaps]))
+        said = wucme.too_rare(decision, runs)
+        assert bool(said) is told
+        assert not said or re.search(r"^www\.example\.org: runs come every [0-9.]+ hours, but .* run at least ", said)
+
+    def test_what_is_never_renewed_or_not_there_needs_no_runs(self) -> None:
+        for one in (entry(known(DAY, 0), renew="never"), entry(None)):
+            assert wucme.too_rare(wucme.decide(one, NOW), [0.0, 9 * DAY]) == ""
+
+
 class TestPlan:
     @pytest.mark.parametrize(("lifetime", "renew", "left"), [
         (90 * DAY, "auto", 30 * DAY), (45 * DAY, "auto", 15 * DAY), (10 * DAY, "auto", 10 * DAY / 3),
@@ -1901,6 +1967,138 @@ class TestResponder:
         assert snapshot(tokens) == before
 
 
+def place(host: str, port: int, kind: str = "http-01") -> wucme.Place:
+    """Where to listen."""
+    return wucme.Place(kind, host, port)
+
+
+HTTP, DNS, TLS, PERSIST = wucme.CHALLENGE_TYPES
+UACME = wucme.Hook("uacme", ("/h",), ("/h",))
+LEGO = wucme.Hook("lego", ("/h",), ("/h",))
+NSUPDATE = wucme.Updates("/k", ("", 53), "")
+
+
+def wanted(**changes: Any) -> wucme.CertificateScope:
+    """The default settings of a certificate, but for some."""
+    return DEFAULT._replace(**changes)
+
+
+class TestWays:
+    @pytest.mark.parametrize(("changes", "kind", "ways"), [
+        ({}, HTTP, ("listen",)), ({}, TLS, ("listen_tls",)), ({}, DNS, ()), ({}, PERSIST, ("record",)),
+        ({"listen": ()}, HTTP, ("tokens",)), ({"listen": (("", 81),)}, HTTP, ("listen",)),
+        ({"listen_tls": ()}, TLS, ()),
+        ({"webroot": ("/w",)}, HTTP, ("webroot",)), ({"stateless": True}, HTTP, ("stateless",)),
+        ({"webroot": ("/w",), "listen": (("", 81),)}, HTTP, ("listen", "webroot")),
+        ({"hook": UACME}, HTTP, ("hook",)), ({"hook": UACME}, TLS, ("hook",)), ({"hook": UACME}, DNS, ("hook",)),
+        ({"hook": UACME, "listen": ()}, HTTP, ("hook",)), ({"hook": UACME, "webroot": ("/w",)}, HTTP, ("webroot",)),
+        ({"hook": LEGO}, HTTP, ("listen",)), ({"hook": LEGO}, DNS, ("hook",)), ({"hook": LEGO}, PERSIST, ("record",)),
+        ({"nsupdate": NSUPDATE}, DNS, ("nsupdate",)), ({"nsupdate": NSUPDATE, "hook": LEGO}, DNS, ("nsupdate",)),
+    ])
+    def test_what_is_set_answers_else_a_hook_else_a_listener(
+            self, changes: dict[str, Any], kind: str, ways: tuple[str, ...]) -> None:
+        assert wucme.ways(wanted(**changes), kind) == ways
+
+    @pytest.mark.parametrize(("changes", "kind", "places"), [
+        ({}, HTTP, [place("", 80)]), ({}, TLS, [place("", 443, TLS)]), ({}, DNS, []), ({"webroot": ("/w",)}, HTTP, []),
+        ({"listen": (("::1", 81), ("", 82))}, HTTP, [place("::1", 81), place("", 82)]), ({"listen": ()}, HTTP, []),
+    ])
+    def test_where_to_listen(self, changes: dict[str, Any], kind: str, places: list[wucme.Place]) -> None:
+        assert wucme.places(wanted(**changes), kind) == places
+
+    @pytest.mark.parametrize(("kind", "names"), [
+        (HTTP, ("a.example", "192.0.2.1", "2001:db8::1")), (TLS, ("a.example", "192.0.2.1", "2001:db8::1")),
+        (DNS, ("a.example", "*.a.example")), (PERSIST, ("a.example", "*.a.example")),
+    ])
+    def test_what_each_type_can_prove(self, kind: str, names: tuple[str, ...]) -> None:
+        every = ("a.example", "*.a.example", "192.0.2.1", "2001:db8::1")
+        assert tuple(name for name in every if wucme.proves(kind, name)) == names
+
+    @pytest.mark.parametrize(("changes", "names", "kinds"), [
+        ({"challenge": (HTTP, DNS), "nsupdate": NSUPDATE}, ["a.example", "*.a.example"], (HTTP, DNS)),
+        ({"challenge": (DNS, HTTP)}, ["a.example"], (HTTP,)),
+        ({"challenge": (TLS, HTTP)}, ["a.example", "::1"], (HTTP,)),
+        ({"challenge": (PERSIST,)}, ["*.a.example"], (PERSIST,)),
+    ])
+    def test_the_types_that_can_be_answered_here_in_the_order_of_preference(
+            self, changes: dict[str, Any], names: list[str], kinds: tuple[str, ...], log: wucme.Log) -> None:
+        assert wucme.prospects(wanted(**changes), names, {place("", 443, TLS): "in use"}) == kinds
+        assert all(kind in "".join(log.held) for kind in changes["challenge"] if kind not in kinds)
+
+    @pytest.mark.parametrize(("changes", "names", "told"), [
+        ({}, ["a.example", "*.a.example"], r"^\*\.a\.example: http-01 cannot prove it; set challenge = dns-01 or "),
+        ({"challenge": (DNS,)}, ["192.0.2.1"], r"^192\.0\.2\.1: dns-01 cannot prove it; set challenge = http-01 or "),
+        ({"challenge": (DNS,)}, ["a.example"], "^nothing answers dns-01 here: set nsupdate or hook$"),
+        ({"challenge": (TLS,), "listen_tls": ()}, ["a.example"], "^nothing answers tls-alpn-01 here: set listen_tls"),
+        ({"challenge": (TLS, DNS)}, ["a.example"], "^in use; nothing answers dns-01 here"),
+        ({"challenge": (HTTP, DNS), "listen": (("", 80),)}, ["*.a.example"], "^nothing answers dns-01 here"),
+    ])
+    def test_a_name_that_nothing_here_can_prove_is_refused_with_the_remedy(
+            self, changes: dict[str, Any], names: list[str], told: str) -> None:
+        with pytest.raises(wucme.ChallengeError, match=told):
+            wucme.prospects(wanted(**changes), names, {place("", 443, TLS): "in use"})
+
+    RECORD = "ca.example; accounturi=https://ca.example/a/1"
+
+    @pytest.mark.parametrize(("found", "wanted", "fits"), [
+        (RECORD, RECORD, True), (f" CA.Example ;AccountURI = {RECORD[23:]} ", RECORD, True),
+        (f"{RECORD}; policy=wildcard", RECORD, True), (RECORD, f"{RECORD}; policy=wildcard", False),
+        (f"{RECORD}; policy=Wildcard", f"{RECORD}; policy=wildcard", True),
+        (f"{RECORD}; persistUntil={int(NOW) + 9}", RECORD, True), (f"{RECORD}; persistUntil={int(NOW)}", RECORD, False),
+        (f"{RECORD}; persistUntil=soon", RECORD, False), (f"{RECORD}2", RECORD, False),
+        (f"{RECORD}; {RECORD[12:]}", RECORD, False), (f"x{RECORD}", RECORD, False), ("", RECORD, False),
+        (f"{RECORD}; more=1", RECORD, False), ("v=spf1 -all", RECORD, False),
+    ])
+    def test_a_lasting_record_must_say_what_the_ca_wants(self, found: str, wanted: str, fits: bool) -> None:
+        assert wucme.record_fits(found, wanted, NOW) is fits
+
+    @bounded
+    @given(st.text(), st.text())
+    def test_any_text_may_stand_in_the_dns(self, found: str, wanted: str) -> None:
+        assert wucme.record_fits(found, wanted, NOW) in (True, False)
+
+    @pytest.mark.parametrize(("lines", "texts"), [
+        (['"a b" "c"', '"\\"q\\" \\; \\\\"'], ["a bc", '"q" ; \\']), (["alias.example.", ""], ["", ""]),
+    ])
+    def test_the_strings_of_a_record_are_joined(self, lines: list[str], texts: list[str], tmp_path: Path) -> None:
+        world = wucme.REAL._replace(command=lambda *_: wucme.Finished("", lines))
+        task = wucme.Task(["a"], wanted(), [], 0.0, wucme.Answers(str(tmp_path)), world, threading.Event())
+        assert wucme.record_texts(task, "a") == texts
+
+    @pytest.mark.parametrize("name", ["a.example", "192.0.2.1", "2001:db8::1"])
+    def test_the_certificate_of_tls_alpn_has_the_name_and_the_digest_and_nothing_else(self, name: str) -> None:
+        pem = wucme.challenge_certificate(name, b"d" * 32)
+        found = x509.load_pem_x509_certificate(wucme.certificates(pem)[0])
+        assert wucme.facts(pem).names == (name,)
+        proof = found.extensions.get_extension_for_oid(x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31"))
+        assert (proof.critical, len(found.extensions)) == (True, 2)
+        assert proof.value == x509.UnrecognizedExtension(proof.oid, b"\x04\x20" + b"d" * 32)
+        assert wucme.key_of(pem) == wucme.facts(pem).key
+
+
+def request(*names: str, key: Any = KEY) -> bytes:
+    """A certificate signing request (PEM) for names."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+    wanted: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
+    builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False) if names else builder
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+class TestRequests:
+    def test_what_a_request_says(self) -> None:
+        der, names, key = wucme.request_facts(request("b.example", "a.example"))
+        assert x509.load_der_x509_csr(der).is_signature_valid
+        assert (names, key) == (("b.example", "a.example"), KEY_HASH)
+        assert wucme.request_facts(request())[1] == ()
+        assert wucme.key_of(request("a.example")) == KEY_HASH == wucme.key_of(wucme.key_pem(KEY))
+
+    @pytest.mark.parametrize("pem", [b"", b"x", wucme.key_pem(KEY), request("a.example").replace(b"M", b"N", 40),
+                                     request("a.example")[:-40]], ids=brief)
+    def test_what_is_no_request_is_refused_in_one_line(self, pem: bytes) -> None:
+        with pytest.raises(wucme.PemError, match=r"^not a certificate signing request: .*$"):
+            wucme.request_facts(pem)
+
+
 class Fronts(NamedTuple):
     """A listener with a token published."""
     host: str
@@ -1917,11 +2115,6 @@ class Fronts(NamedTuple):
             peer.sendall(data)
             return b"".join(iter(lambda: peer.recv(4096), b""))
         return b""
-
-
-def place(host: str, port: int, kind: str = "http-01") -> wucme.Place:
-    """Where to listen."""
-    return wucme.Place(kind, host, port)
 
 
 LOOPBACKS = ["127.0.0.1", *(["::1"] if wucme.proc_text("net", "if_inet6") else [])]
@@ -2175,6 +2368,33 @@ def client() -> wucme.Client:
     return made
 
 
+DRAFT_02 = {"accountHashPrefix": "https://ca.example/account-hash/", "issuerDomainNames": ["ca.example", "b.example"]}
+
+
+class TestLastingRecords:
+    @pytest.mark.parametrize(("meta", "about", "name", "records"), [
+        ({}, {"issuer-domain-names": ["ca.example"]}, "a.example", ["ca.example; accounturi=https://ca.example/acct/123"]),
+        ({}, {"issuer-domain-names": ["ca.example"], "accounturi": "urn:1"}, "*.a.example",
+         ["ca.example; accounturi=urn:1; policy=wildcard"]),
+        (DRAFT_02, {}, "example.com", [
+            f"{issuer}; accounturi=https://ca.example/account-hash/sha-256/5SQm7n6tPh2-PlLbCKGnViTXX5z19SCN4cPGQHSk-kw"
+            for issuer in ("ca.example", "b.example")]),
+        (DRAFT_02, {"issuerDomainNames": ["c.example"]}, "*.example.com", [
+            "c.example; accounturi=https://ca.example/account-hash/sha-256/5SQm7n6tPh2-PlLbCKGnViTXX5z19SCN4cPGQHSk-kw"
+            "; policy=wildcard"]),
+        ({}, {}, "a.example", []), ({}, {"issuer-domain-names": "ca.example"}, "a.example", []),
+        ({}, {"issuer-domain-names": ["a b", 'x"', "x; y", 7]}, "a.example", ["7; accounturi=https://ca.example/acct/123"]),
+        ({}, {"issuer-domain-names": ["a"], "accounturi": 'u"; v'}, "a.example", []),
+    ])
+    def test_the_record_is_as_the_cas_draft_has_it(
+            self, meta: dict[str, Any], about: dict[str, Any], name: str, records: list[str]) -> None:
+        one = client()
+        key: Any = RFC_7638
+        one.account, one.key = "https://ca.example/acct/123", key
+        one.directory = wucme.Directory("", "", "", "", "", "", "", {}, meta)
+        assert one.persistent_records(wucme.Challenge(PERSIST, "", "", "pending", {}, about), name) == records
+
+
 class TestClient:
     @pytest.mark.parametrize("url", ["https://ca.test:14000/", "https://ca.test:14000/a?b=c#d",
                                      "https://ca.test:14000"])
@@ -2357,6 +2577,25 @@ class TestStore:
         for step in wucme.switch(look(tmp_path), sent, wucme.key_pem(KEY), STAMP):
             step.do()
         assert (tmp_path / "wucme_c_x.pem").read_bytes() == NEW_CHAIN
+
+    @pytest.mark.parametrize("done", [0, 1])
+    @pytest.mark.parametrize("waiting", [True, False])
+    def test_a_switch_that_was_cut_short_when_the_new_pair_was_live_is_straightened(
+            self, tmp_path: Path, done: int, waiting: bool) -> None:
+        combined(tmp_path)
+        if waiting:
+            wucme.create(str(tmp_path / "wucme_k_x.pem_tmp"), live(tmp_path)[1])
+        before = live(tmp_path)
+        assert wucme.straighten(look(tmp_path, rotate=True)) == []
+        for step in [step for step in wucme.straighten(look(tmp_path)) if "wucme_k_" in step.text][:2 * done]:
+            step.do()
+        for step in wucme.straighten(look(tmp_path)):
+            step.do()
+            assert live(tmp_path) == before
+        assert not (tmp_path / "wucme_k_x.pem").is_symlink()
+        assert wucme.private_key((tmp_path / "wucme_c_x.pem").read_bytes()) == b""
+        assert [mode(tmp_path / f"wucme_{kind}_x.pem") for kind in "ck"] == [0o644, 0o600]
+        assert wucme.straighten(look(tmp_path)) == []
 
     @pytest.mark.parametrize("keep", [0, 1, 3, 9])
     def test_prune_keeps_the_newest(self, tmp_path: Path, keep: int) -> None:
@@ -3586,6 +3825,22 @@ class TestInterruption:
         assert done.status == 0, done.err
         assert orders(fake) == 1
         assert not lab.left()
+
+    def test_run_that_was_killed_when_the_new_pair_was_live_is_ended_by_the_next(self, fake: fakeca.FakeCA,
+                                                                                 lab: Host) -> None:
+        assert lab.run("issue", "a.example.test", "--rotate").status == 0
+        state = lab.directory / "wucme_s_a.example.test.json"
+        about = {"order": "https://ca.test/order/1", "order_server": fake.url, "problem": "No space left on device"}
+        state.write_text(json.dumps({**json.loads(state.read_text()), **about}))
+        waiting = lab.directory / "wucme_k_a.example.test.pem_tmp"
+        waiting.write_bytes(lab.key().read_bytes())
+        lab.write(rotate="no")
+        assert lab.run("status").status == 1
+        assert lab.run().status == 0
+        assert not lab.left()
+        assert not lab.key().is_symlink()
+        assert b"PRIVATE" not in lab.pair()[0]
+        assert (orders(fake), lab.run("status").status) == (1, 0)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_stopped_by_a_signal(self, fake: fakeca.FakeCA, lab: Host, number: signal.Signals) -> None:

@@ -795,13 +795,14 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
 
 
 def make_directory(path: str) -> None:
-    """Make a directory that a web server's user may pass through, with its parents, whatever the umask."""
+    """Make a directory that a web server's user may pass through, with its parents, durably, whatever the umask."""
     if os.path.isdir(path):
         return
     if os.path.dirname(path):
         make_directory(os.path.dirname(path))
     os.mkdir(path)
     os.chmod(path, 0o755)
+    sync_directory(path)
 
 
 def take_lock(path: str) -> int | None:
@@ -1506,8 +1507,8 @@ def find_ini(named: str) -> str:
     if named and not os.path.exists(named):
         raise SettingsError(f"{named}: there is no such file")
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "wucme.ini")
-    places = named, beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")
-    return next(filter(os.path.exists, places), "")
+    paths = named, beside, "/etc/wucme/wucme.ini", os.path.expanduser("~/.wucme/wucme.ini")
+    return next(filter(os.path.exists, paths), "")
 
 
 def read_source(path: str) -> Source:
@@ -3251,6 +3252,15 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     return first + (both if entry.whole or linked else []) + last
 
 
+def straighten(entry: Entry) -> list[Step]:
+    """The steps that are left of a switch to plain files that was cut short after the new pair had gone live."""
+    both = read(entry.chain)
+    key = private_key(both)
+    if entry.wanted.rotate or not key:
+        return []
+    return (put_key(entry, key) if is_linked(entry) else []) + put_plain(entry, b"".join(certificates(both)))
+
+
 def prune(path: str, keep: int) -> None:
     """Delete all but the newest backups of a live path."""
     directory, base = os.path.split(path)
@@ -4190,6 +4200,21 @@ def examine(inventory: Inventory, request: Request, now: float) -> list[Decision
     return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
 
 
+def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
+    """See to a certificate that needs nothing: what a stopped run left is ended, and what went wrong forgotten."""
+    try:
+        if entry.memory.order:
+            for step in straighten(entry):
+                log(step.text)
+                step.do()
+            remove(f"{entry.key}_tmp")
+    except (WucmeError, OSError) as error:
+        return fail(entry, error, run, now)
+    with contextlib.suppress(OSError):      # it can be learnt again
+        remember(run.directory, entry, order="", order_server="", problem="", failures=0, retry_at=0.0, held_until=0.0)
+    return Outcome(entry.title, "current")
+
+
 def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """See to every certificate: each comes back as it is afterwards, with its outcome."""
     run = settings.run
@@ -4205,8 +4230,11 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
             if one.held:
                 log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
             spent = one.entry.whole and not one.held and not decide(one.entry, now).due
+            if spent:
+                yield one.entry, wind_up(one.entry, run, now)
+                continue
             with contextlib.suppress(OSError):      # it can be learnt again
-                remember(run.directory, one.entry, **({"order": "", "order_server": ""} if spent else {}))
+                remember(run.directory, one.entry)
             yield one.entry, Outcome(one.entry.title, "held" if one.held else "current")
     due = [one for one in decisions if one.due]
     if due:

@@ -871,7 +871,8 @@ class PlainWeb(Server):
     """
 
     def __init__(
-        self, directory: Path, kind: str, text: str, port: int, *, address: str = "127.0.0.1", within: Sequence[str] = ()
+        self, directory: Path, kind: str, text: str, port: int, *, address: str = "127.0.0.1",
+        within: Sequence[str] = (),
     ) -> None:
         super().__init__(directory)
         self.kind, self.text, self.port, self.address, self.within = kind, text, port, address, within
