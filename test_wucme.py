@@ -33,6 +33,7 @@ import struct
 import subprocess
 import symtable
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -2121,6 +2122,69 @@ class TestAnswers:
         assert answers.find(f"{WELL_KNOWN}tok") is None
 
 
+class TestResponder:
+    """The script as a CGI responder."""
+
+    @pytest.fixture
+    def tokens(self, tmp_path: Path) -> Path:
+        """A directory with a published token, a key, and an ini that names it."""
+        (tmp_path / "tokens").mkdir()
+        (tmp_path / "tokens" / "tok").write_text("tok.print")
+        (tmp_path / "tokens" / "empty").write_text("")
+        (tmp_path / "wucme_k_account.pem").write_text("a key")
+        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}\nnonsense = 1\n")
+        return tmp_path
+
+    def ask(self, path: str, **environ: str) -> tuple[str, bytes]:
+        """Status and body for a request."""
+        found = wucme.respond({"REQUEST_METHOD": "GET", "SCRIPT_NAME": "/cgi-bin/wucme", "PATH_INFO": path, **environ})
+        head, _, body = found.partition(b"\r\n\r\n")
+        lines = dict(line.split(": ") for line in head.decode().split("\r\n"))
+        assert sorted(lines) == ["Content-Length", "Content-Type", "Status"]
+        assert environ.get("REQUEST_METHOD") == "HEAD" or int(lines["Content-Length"]) == len(body)
+        return lines["Status"], body
+
+    @pytest.mark.parametrize(("script", "path"), [
+        ("/cgi-bin/wucme", "/.well-known/acme-challenge/tok"), ("/.well-known/acme-challenge", "/tok"),
+        ("", "/.well-known/acme-challenge/tok"), ("/.well-known/acme-challenge/tok", ""),
+    ])
+    def test_a_published_token_is_answered(self, tokens: Path, script: str, path: str) -> None:
+        assert self.ask(path, WUCME_DIRECTORY=str(tokens), SCRIPT_NAME=script) == ("200 OK", b"tok.print")
+        assert self.ask(path, WUCME_DIRECTORY=str(tokens), SCRIPT_NAME=script, REQUEST_METHOD="HEAD") == ("200 OK", b"")
+
+    @pytest.mark.parametrize("path", [
+        "", "/", "/tok", "/.well-known/acme-challenge/", "/.well-known/acme-challenge/../wucme_k_account.pem",
+        "/.well-known/acme-challenge/tok/", "/.well-known/acme-challenge/TOK", "/.well-known/acme-challenge/empty",
+        "/.well-known/acme-challenge/" + "x" * 256, "/.well-known/acme-challenge/tok\0",
+        "/.well-known/acme-challenge/.", "/.well-known/acme-challenge/tok\n",
+    ])
+    def test_all_else_is_not_found(self, tokens: Path, path: str) -> None:
+        assert self.ask(path, WUCME_DIRECTORY=str(tokens)) == ("404 Not Found", b"")
+
+    def test_only_get_and_head(self, tokens: Path) -> None:
+        for method in ("POST", "PUT", "DELETE", "get", ""):
+            found = self.ask(f"{WELL_KNOWN}tok", WUCME_DIRECTORY=str(tokens), REQUEST_METHOD=method)
+            assert found == ("404 Not Found", b"")
+
+    def test_the_ini_names_the_directory_and_where_there_is_none_the_environment(self, tokens: Path) -> None:
+        ini = str(tokens / "w.ini")
+        assert self.ask(f"{WELL_KNOWN}tok", WUCME_INI=ini, WUCME_DIRECTORY="/nowhere")[0] == "200 OK"
+        assert self.ask(f"{WELL_KNOWN}tok", WUCME_INI="/nowhere", WUCME_DIRECTORY=str(tokens))[0] == "200 OK"
+        (tokens / "w.ini").write_text("no ini at all")
+        assert self.ask(f"{WELL_KNOWN}tok", WUCME_INI=ini, WUCME_DIRECTORY=str(tokens))[0] == "200 OK"
+
+    @pytest.mark.parametrize("arguments", [(), ("issue", "a.example.test"), ("--help",), ("-s", "%s")])
+    def test_arguments_are_nothing_to_it(self, tokens: Path, arguments: tuple[str, ...]) -> None:
+        before = snapshot(tokens)
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", SCRIPT, *arguments], capture_output=True, check=True,
+            env={"GATEWAY_INTERFACE": "CGI/1.1", "WUCME_DIRECTORY": str(tokens), "REQUEST_METHOD": "GET",
+                 "PATH_INFO": f"{WELL_KNOWN}tok", "WUCME_INI": "/nowhere"})
+        assert done.stdout.startswith(b"Status: 200 OK\r\n")
+        assert done.stdout.endswith(b"\r\n\r\ntok.print")
+        assert snapshot(tokens) == before
+
+
 def place(host: str, port: int, kind: str = "http-01") -> wucme.Place:
     """Where to listen."""
     return wucme.Place(kind, host, port)
@@ -2140,7 +2204,8 @@ def wanted(**changes: Any) -> wucme.CertificateScope:
 class TestWays:
     @pytest.mark.parametrize(("changes", "kind", "ways"), [
         ({}, HTTP, ("listen",)), ({}, TLS, ("listen_tls",)), ({}, DNS, ()), ({}, PERSIST, ("record",)),
-        ({"listen": ()}, HTTP, ()), ({"listen": (("", 81),)}, HTTP, ("listen",)), ({"listen_tls": ()}, TLS, ()),
+        ({"listen": ()}, HTTP, ("tokens",)), ({"listen": (("", 81),)}, HTTP, ("listen",)),
+        ({"listen_tls": ()}, TLS, ()),
         ({"webroot": ("/w",)}, HTTP, ("webroot",)), ({"stateless": True}, HTTP, ("stateless",)),
         ({"webroot": ("/w",), "listen": (("", 81),)}, HTTP, ("listen", "webroot")),
         ({"hook": UACME}, HTTP, ("hook",)), ({"hook": UACME}, TLS, ("hook",)), ({"hook": UACME}, DNS, ("hook",)),
@@ -2182,8 +2247,8 @@ class TestWays:
         ({}, ["a.example", "*.a.example"], r"^\*\.a\.example: http-01 cannot prove it; set challenge = dns-01 or "),
         ({"challenge": (DNS,)}, ["192.0.2.1"], r"^192\.0\.2\.1: dns-01 cannot prove it; set challenge = http-01 or "),
         ({"challenge": (DNS,)}, ["a.example"], "^nothing answers dns-01 here: set nsupdate or hook$"),
-        ({"listen": ()}, ["a.example"], "^nothing answers http-01 here: set listen, webroot, stateless or hook$"),
-        ({"challenge": (TLS, HTTP), "listen": ()}, ["a.example"], "^in use; nothing answers http-01 here"),
+        ({"challenge": (TLS,), "listen_tls": ()}, ["a.example"], "^nothing answers tls-alpn-01 here: set listen_tls"),
+        ({"challenge": (TLS, DNS)}, ["a.example"], "^in use; nothing answers dns-01 here"),
         ({"challenge": (HTTP, DNS), "listen": (("", 80),)}, ["*.a.example"], "^nothing answers dns-01 here"),
     ])
     def test_a_name_that_nothing_here_can_prove_is_refused_with_the_remedy(
@@ -5833,6 +5898,187 @@ class TestAlerts:
         tame.write()
         done = tame.run()
         assert (done.status, "none/wucme.prom" in done.err) == (1, True)
+README = (SCRIPT.parent / "README.md").read_text("utf-8")
+OUTSIDE, INSIDE = "127.0.0.1", "127.5.0.9"
+
+
+def recipe(title: str, **changes: str) -> str:
+    """A configuration as the README has it, with other addresses, ports and paths."""
+    found = re.search(rf"(?ms)^### {title}$.*?^```\w+\n(.*?)^```$", README)
+    assert found, title
+    text = found[1]
+    for old, new in {"192.168.0.0/16": "127.5.0.0/16", **changes}.items():
+        assert old in text or old.startswith(("127", "192", "/usr")), (title, old)
+        text = text.replace(old, new)
+    return text
+
+
+class Page(NamedTuple):
+    """What a web server answered."""
+    status: int
+    body: str
+
+
+def page(port: int, path: str = "/", name: str = "x86vms.example.org", source: str = OUTSIDE,
+         method: str = "GET") -> Page:
+    """Ask a web server of this machine for a page, from this address."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5, source_address=(source, 0))
+    with contextlib.closing(connection):
+        connection.request(method, path, headers={"Host": name})
+        answer = connection.getresponse()
+        return Page(answer.status, answer.read().decode())
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that the users of web servers may pass through, with a copy of the script."""
+    with tempfile.TemporaryDirectory(prefix="wucme-") as name:
+        home = Path(name)
+        home.chmod(0o755)
+        (home / "wucme.py").write_bytes(SCRIPT.read_bytes())
+        (home / "wucme.py").chmod(0o755)
+        yield home
+
+
+@pytest.fixture
+def inside(pebble: testbed.Pebble, public: Path) -> Host:
+    """A host whose web server calls the script, in a public directory; its CA is pebble."""
+    return Host(public, pebble.directory_url, pebble.ca_file)
+
+
+# What each front answers for the name of somebody else, and where that stands in its configuration.
+NEIGHBOUR = {
+    "nginx": "{text}server {{ listen {at}; server_name other.example.org; return 200 other; }}",
+    "apache": "{text}<VirtualHost *:{port}>\nServerName other.example.org\nRewriteEngine on\nErrorDocument 200 other\n"
+              "RewriteRule ^ - [R=200]\n</VirtualHost>",
+    "haproxy": "{text}\nbackend other\n  http-request return status 200 content-type text/plain string other\n",
+    "caddy": "{text}http://other.example.org:{port} {{\n bind 127.0.0.1\n respond other\n}}\n",
+}
+
+
+def front_text(kind: str, port: int, inner: str) -> str:
+    """The README's configuration of a front at a port of loopback, with the name of somebody else beside."""
+    at = f"127.0.0.1:{port}"
+    changes = {"nginx": {"listen 80": f"listen {at}"}, "apache": {"*:80": f"*:{port}"},
+               "haproxy": {"bind :80": f"bind {at}", "use_backend": "default_backend other\n    use_backend"},
+               "caddy": {"x86vms.example.org {": f"x86vms.example.org:{port} {{\n    bind 127.0.0.1"}}[kind]
+    text = recipe(f"Front: {kind}", **{"192.168.1.86:80": inner, "192.168.1.86": inner, **changes})
+    return NEIGHBOUR[kind].format(text=text, at=at, port=port)
+
+
+def inner_text(kind: str, home: Path) -> str:
+    """The README's configuration of a web server that calls the script, with a page of its own."""
+    pages = home / "pages"
+    pages.mkdir(mode=0o755)
+    (pages / "index.html").write_text("inner page")
+    own = {"apache": f'DocumentRoot "{pages}"\n<Directory "{pages}">\nRequire all granted\n</Directory>\n',
+           "lighttpd": f'server.document-root := "{pages}"\n'}[kind]
+    return own + recipe(f"Inner host: {kind} and CGI", **{"/usr/local/sbin/wucme.py": f"{home}/wucme.py"})
+
+
+@pytest.mark.process
+@pytest.mark.servers
+class TestFronts:
+    """The script behind real web servers, configured as the README says."""
+
+    @pytest.mark.parametrize("kind", ["apache", "lighttpd"])
+    def test_a_web_server_calls_the_script_as_another_user(self, kind: str, public: Path) -> None:
+        host = Host(public, "https://ca.test/")
+        tokens = host.directory / "tokens"
+        tokens.mkdir()
+        (tokens / "tok").write_text("tok.print")
+        (tokens / "private").write_text("secret")
+        (tokens / "private").chmod(0o600)
+        host.ini.chmod(0o644)
+        port = testbed.free_ports(1)[0]
+        with testbed.PlainWeb(public / "web", kind, inner_text(kind, public), port):
+            for path in (WELL_KNOWN, f"/cgi-bin/wucme{WELL_KNOWN}"):
+                for name in ("x86vms.example.org", "x86vms.example.org:80", "127.0.0.1", "[::1]:80"):
+                    assert page(port, f"{path}tok", name) == (200, "tok.print")
+                assert page(port, f"{path}tok", method="HEAD") == (200, "")
+                assert page(port, f"{path}other").status == 404
+                assert page(port, f"{path}..%2f..%2fwucme.ini").status == 404
+                if os.geteuid() == 0:
+                    assert page(port, f"{path}private").status == 404, "it runs as somebody else"
+            assert page(port, "/cgi-bin/wucme/").status != 200
+            assert page(port, "/index.html") == (200, "inner page")
+
+    @pytest.mark.pebble
+    @pytest.mark.parametrize(("kind", "inner"), [
+        ("nginx", "listener"), ("apache", "lighttpd"), ("haproxy", "apache"), ("caddy", "listener")])
+    def test_a_front_passes_the_challenge_on_and_nothing_else_changes(
+            self, kind: str, inner: str, inside: Host, pebble: testbed.Pebble, public: Path) -> None:
+        port, behind = pebble.http_port, testbed.free_ports(1)[0]
+        inside.write(listen="none" if inner != "listener" else f"127.0.0.1:{behind}")
+        inside.ini.chmod(0o644)
+        with contextlib.ExitStack() as stack:
+            if inner != "listener":
+                stack.enter_context(testbed.PlainWeb(public / "inner", inner, inner_text(inner, public), behind))
+            stack.enter_context(testbed.PlainWeb(public / "front", kind, front_text(kind, port, f"127.0.0.1:{behind}"),
+                                                 port))
+            done = inside.run("issue", "x86vms.example.org")
+            assert done.status == 0, done.err
+            teapot = 403 if kind == "apache" else 418
+            assert page(port).status == teapot
+            assert page(port, "/x/.well-known/acme-challenge/tok").status == teapot
+            assert page(port, f"{WELL_KNOWN}none").status in (404, 502, 503)
+            for path in ("/", f"{WELL_KNOWN}tok"):
+                assert page(port, path, "other.example.org") == (200, "other"), "the neighbour is not disturbed"
+            if inner != "listener":
+                assert page(port, "/index.html", source=INSIDE) == (200, "inner page")
+                (inside.directory / "tokens" / "tok").write_text("tok.print")
+                for name in ("x86vms.example.org", f"x86vms.example.org:{port}", "X86VMS.example.org"):
+                    assert page(port, f"{WELL_KNOWN}tok", name) == (200, "tok.print")
+
+    @pytest.mark.pebble
+    def test_a_front_may_redirect_to_the_inner_hosts_public_name(self, inside: Host, pebble: testbed.Pebble,
+                                                                 public: Path) -> None:
+        behind = testbed.free_ports(1)[0]
+        text = recipe("Front: a redirect", **{"listen 80": f"listen 127.0.0.1:{pebble.http_port}",
+                                              "x86vms.example.org": f"x86vms.example.org:{behind}"})
+        inside.write(listen=f"127.0.0.1:{behind}")
+        with testbed.PlainWeb(public / "front", "nginx", text, pebble.http_port):
+            assert inside.run("issue", "www.example.org").status == 0
+            assert page(pebble.http_port, f"{WELL_KNOWN}tok", "www.example.org").status == 302
+
+    @pytest.mark.pebble
+    def test_tokens_may_be_plain_files_of_a_web_server(self, inside: Host, pebble: testbed.Pebble,
+                                                       public: Path) -> None:
+        text = recipe("Inner host: tokens as plain files", **{"listen 80": f"listen 127.0.0.1:{pebble.http_port}",
+                                                              "/etc/wucme": str(inside.directory)})
+        with testbed.PlainWeb(public / "web", "nginx", text, pebble.http_port):
+            assert inside.run("issue", "a.example.test").status == 0
+
+    @pytest.mark.pebble
+    @pytest.mark.parametrize("kind", ["nginx", "apache", "haproxy", "caddy"])
+    def test_stateless(self, kind: str, inside: Host, pebble: testbed.Pebble, public: Path) -> None:
+        told = inside.run("thumbprint")
+        assert (told.status, told.err) == (0, "")
+        first, *pieces = told.out.split("\n\n")
+        key = wucme.parse_key((inside.directory / "wucme_k_account.pem").read_bytes())
+        assert first == wucme.thumbprint(key)
+        lines = next(piece for piece in pieces if piece.startswith(f"# {kind}")).partition("\n")[2]
+        assert first in lines
+        port = pebble.http_port
+        around = {"nginx": f"server {{ listen 127.0.0.1:{port};\n{lines}\n}}",
+                  "apache": f"<VirtualHost *:{port}>\n{lines}\n</VirtualHost>",
+                  "haproxy": f"frontend web\n bind 127.0.0.1:{port}\n{lines}",
+                  "caddy": f"http://:{port} {{\n bind 127.0.0.1\n{lines}\n}}"}[kind]
+        inside.write(stateless="yes", listen="")
+        with testbed.PlainWeb(public / "web", kind, around, port):
+            done = inside.run("issue", "a.example.test")
+            assert done.status == 0, done.err
+            assert "listening" not in done.err
+            assert page(port, f"{WELL_KNOWN}aB-_9") == (200, f"aB-_9.{first}")
+            assert first not in page(port, f"{WELL_KNOWN}a/b").body
+            assert first not in page(port, "/x.well-known/acme-challenge/tok").body
+
+    def test_the_thumbprint_tells_wasd_where_to_ask(self, inside: Host) -> None:
+        inside.write(sections="[x86vms.example.org]\n")
+        told = inside.run("thumbprint", "--host", "192.168.1.86").out
+        wasd = re.search(r"(?s)### Front: WASD.*?```wasd\n(.*?)```", README)
+        assert wasd
+        assert textwrap.dedent(told.partition("# WASD")[2].partition("\n")[2]) == wasd[1]
 
 
 @pytest.mark.process

@@ -15,6 +15,8 @@ SYNOPSIS
   wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
   wucme.py account new|show|update|newkey|deactivate
                                       the account at the (first) CA; --server names another
+  wucme.py thumbprint                 print the account key's thumbprint, and what makes web servers
+                                      answer every challenge with it (stateless = yes)
 
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
@@ -75,6 +77,12 @@ FILES (in the directory)
   wucme_s_NAME.json                   memory of one certificate, or of the account
   wucme_l_HOST.json                   what was loaded on one host
   wucme.log, wucme.lock, tokens/      log, lock, challenge answers while an order runs
+
+CGI
+  Called by a web server (with GATEWAY_INTERFACE in its environment) this program answers the CA's
+  challenges, and does nothing else: a path that ends in /.well-known/acme-challenge/TOKEN gets that
+  file of tokens/, every other is not found. It looks for the directory in the ini if this user may
+  read it, then in $WUCME_DIRECTORY, then takes /etc/wucme. Set listen = none for it.
 
 EXIT STATUS
   0 all is well; 1 something failed, or a load is owed, or the lock was not got; 2 usage or
@@ -1541,7 +1549,8 @@ class CertificateScope(NamedTuple):
         + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order")
     listen: tuple[tuple[str, int], ...] | None = setting(
         some_addresses, "", "where http-01 is answered while an order runs, several by blanks; the CA asks at port 80, "
-        "or whatever your router makes of it; default: :80, or none where webroot, stateless or a hook answers",
+        "or whatever your router makes of it; default: :80, or none where webroot, stateless or a hook answers; none "
+        "and nothing else: a web server answers, from tokens/ or by this program as its CGI script",
         "ADDRESS:PORT")
     listen_tls: tuple[tuple[str, int], ...] | None = setting(
         some_addresses, "", "the same for tls-alpn-01; the CA asks at port 443; default: :443, or none where a hook "
@@ -2466,6 +2475,22 @@ class Listener:
             one.server_close()
 
 
+def respond(environ: Mapping[str, str]) -> bytes:
+    """The answer of this program as a CGI script (RFC 3875): a published token, or 404."""
+    texts: Mapping[str, Mapping[str, str]] = {}
+    with contextlib.suppress(WucmeError, OSError):      # the ini may be private, this user not who renews
+        texts = parse_ini(read_source(find_ini(environ.get("WUCME_INI", ""))))
+    directory = texts.get("wucme", {}).get("directory") or environ.get("WUCME_DIRECTORY") or "/etc/wucme"
+    method, body = environ.get("REQUEST_METHOD"), b""
+    _, found, token = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).rpartition(WELL_KNOWN)
+    if found and TOKEN.fullmatch(token) and method in ("GET", "HEAD"):
+        with contextlib.suppress(WucmeError):
+            body = read(os.path.join(a_path(directory), "tokens", token), REQUEST_BYTES)
+    head = (f"Status: {'200 OK' if body else '404 Not Found'}\r\nContent-Type: application/octet-stream\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n")
+    return head.encode() + (b"" if method == "HEAD" else body)
+
+
 def ways(wanted: CertificateScope, kind: str) -> tuple[str, ...]:
     """The settings of a certificate that answer a challenge type: what is set, else a hook, else a listener."""
     about = CHALLENGES[kind]
@@ -2474,7 +2499,9 @@ def ways(wanted: CertificateScope, kind: str) -> tuple[str, ...]:
         return said
     if wanted.hook and kind in DIALECTS[wanted.hook.family].values:
         return ("hook",)
-    return about.ways[:1] if about.port and getattr(wanted, about.ways[0]) is None else ()
+    if about.port and getattr(wanted, about.ways[0]) is None:
+        return about.ways[:1]
+    return ("tokens",) if kind == "http-01" else ()     # listen = none: a web server has this program as CGI script
 
 
 def places(wanted: CertificateScope, kind: str) -> list[Place]:
@@ -4941,6 +4968,47 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     return report
 
 
+STATELESS = """\
+# With this a web server answers every http-01 challenge of this account by itself, on any host: set
+# stateless = yes. When the account gets another key it has to be done again.
+
+# nginx: in each server of port 80
+    location ~ "^/\\.well-known/acme-challenge/([-_a-zA-Z0-9]+)$" {
+        default_type text/plain;
+        return 200 "$1.@PRINT@";
+    }
+
+# apache (mod_rewrite): in each VirtualHost of port 80
+    <LocationMatch "^/\\.well-known/acme-challenge/(?<token>[-_a-zA-Z0-9]+)$">
+        RewriteEngine on
+        RewriteRule "^" "-" [END,R=200]
+        ErrorDocument 200 "%{env:MATCH_TOKEN}.@PRINT@"
+    </LocationMatch>
+
+# haproxy: in the frontend of port 80
+    acl acme path -m reg ^/\\.well-known/acme-challenge/[-_a-zA-Z0-9]+$
+    http-request return status 200 content-type text/plain lf-string "%[path,field(4,/)].@PRINT@" if acme
+
+# caddy: in each site of http://
+    @acme path_regexp token ^/\\.well-known/acme-challenge/([-_a-zA-Z0-9]+)$
+    respond @acme "{re.token.1}.@PRINT@"
+
+# WASD: in WASD_CONFIG_MAP of a front; it passes challenges on to this host, for each of its names
+    [[@NAME@:80]]
+    redirect /.well-known/acme-challenge/* \\
+             /http://@HOST@/cgi-bin/wucme/.well-known/acme-challenge/*
+    pass http://@HOST@/cgi-bin/wucme/.well-known/acme-challenge/*"""
+
+
+def show_thumbprint(settings: Settings, _: Request, __: World) -> Report:
+    """Print the account key's thumbprint, and what makes web servers answer every challenge with it."""
+    key = account_key(account_of(settings, settings.default.server[0]))
+    names = [name for one in settings.sections.values() for name in one.values.names]
+    text = STATELESS.replace("@PRINT@", thumbprint(key)).replace("@HOST@", settings.run.host)
+    print(f"{thumbprint(key)}\n\n{text.replace('@NAME@', (names or [settings.run.host])[0])}")
+    return Report(0, [], [])
+
+
 REASONS = {"unspecified": 0, "keyCompromise": 1, "affiliationChanged": 3, "superseded": 4, "cessationOfOperation": 5}
 
 
@@ -5047,7 +5115,7 @@ def account_verb(settings: Settings, request: Request, world: World) -> Report:
 # === 16. command line: what was asked for, and how it ends =====================================
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "revoke": revoke,
-         "account": account_verb}
+         "account": account_verb, "thumbprint": show_thumbprint}
 
 
 def version() -> str:
@@ -5149,7 +5217,7 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     verb, names = arguments["verb"], tuple(arguments["names"])
     if verb not in VERBS:
         raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} There are {', '.join(VERBS)}")
-    if names and verb in ("run", "status"):
+    if names and verb in ("run", "status", "thumbprint"):
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
     if arguments["force"] and verb not in ("issue", "renew"):
         raise SettingsError(f"--force goes with issue and renew, not with {verb}")
@@ -5171,6 +5239,9 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     """The program: 0 all is well, 1 something failed or is owed, 2 usage or settings."""
     secure_streams()
+    if "GATEWAY_INTERFACE" in os.environ:       # called by a web server: answers the CA, and does nothing else
+        os.write(1, respond(os.environ))
+        return 0
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:

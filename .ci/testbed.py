@@ -1058,6 +1058,71 @@ class Sshd(Server):
             script = 'mount -t tmpfs none /run; mkdir -m 755 /run/sshd; exec "$@"'
             command = [program("unshare"), "-m", "sh", "-c", script, "sh", *command]
         self._run("sshd", command, lambda: connects(self.port))
+_NGINX_PATHS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+_AS_ROOT = os.geteuid() == 0
+# What stands around a piece of configuration to make it whole: {text} is the piece, {port} where to listen.
+AROUND = {
+    "nginx": (
+        f"{'user www-data;' if _AS_ROOT else ''} daemon off; worker_processes 1; pid nginx.pid; error_log error.log;\n"
+        "events {{ }}\nhttp {{\naccess_log off;\n"
+        + "\n".join(f"{path}_temp_path {path};" for path in _NGINX_PATHS) + "\n{text}\n}}\n"
+    ),
+    "apache": (
+        "".join(
+            f"LoadModule {name}_module {APACHE_MODULES}/mod_{name}.so\n"
+            for name in ("mpm_event", "authz_core", "alias", "cgid", "proxy", "proxy_http", "rewrite")
+        )
+        + ("User www-data\nGroup www-data\n" if _AS_ROOT else "")
+        + "ServerName localhost\nListen {address}:{port}\nDefaultRuntimeDir {directory}\nPidFile apache.pid\n"
+        "ErrorLog error.log\nMutex posixsem\nScriptSock cgisock\nStartServers 1\nServerLimit 1\n"
+        "ThreadsPerChild 16\nMinSpareThreads 1\nMaxSpareThreads 16\nMaxRequestWorkers 16\n{text}\n"
+    ),
+    "haproxy": "defaults\n  mode http\n  timeout connect 5s\n  timeout client 5s\n  timeout server 5s\n{text}\n",
+    "caddy": "{{\n  admin off\n  auto_https off\n}}\n{text}\n",
+    "lighttpd": (
+        'server.document-root = "{directory}"\nserver.bind = "{address}"\nserver.port = {port}\n'
+        "server.modules = ()\n"
+        + ('server.username = "www-data"\nserver.groupname = "www-data"\n' if _AS_ROOT else "") + "{text}\n"
+    ),
+}
+START = {
+    "nginx": ("nginx", "-p", "{directory}", "-c", "{config}"),
+    "apache": ("apache2", "-d", "{directory}", "-f", "{config}", "-D", "FOREGROUND"),
+    "haproxy": ("haproxy", "-db", "-f", "{config}"),
+    "caddy": ("caddy", "run", "--config", "{config}", "--adapter", "caddyfile"),
+    "lighttpd": ("lighttpd", "-D", "-f", "{config}"),
+}
+
+
+class PlainWeb(Server):
+    """A web server of one of the kinds of START without TLS, configured by a piece of text, at a port and address.
+
+    As root the requests are handled by another user, www-data, where the server can do that. `within` is a command to
+    start it by, such as one that enters a network namespace.
+    """
+
+    def __init__(
+        self, directory: Path, kind: str, text: str, port: int, *, address: str = "127.0.0.1",
+        within: Sequence[str] = (),
+    ) -> None:
+        super().__init__(directory)
+        self.kind, self.text, self.port, self.address, self.within = kind, text, port, address, within
+
+    def _start(self) -> None:
+        """Writes the configuration and starts the server."""
+        self.directory.chmod(0o755)
+        config = self.directory / "server.conf"
+        fields = {"directory": self.directory, "config": config, "address": self.address, "port": self.port}
+        config.write_text(AROUND[self.kind].format(text=self.text, **fields))
+        command = [word.format_map(fields) for word in START[self.kind]]
+        home = str(self.directory)
+        environment = {"PATH": SYSTEM_PATH, "HOME": home, "XDG_DATA_HOME": home, "XDG_CONFIG_HOME": home}
+        self._run(
+            self.kind,
+            [*self.within, program(command[0]), *command[1:]],
+            lambda: socket.create_connection((self.address, self.port), timeout=2).close(),
+            {**environment, **{name: text for name, text in os.environ.items() if name == "CI_RUN_ID"}},
+        )
 
 
 class _Hello(socketserver.BaseRequestHandler):
