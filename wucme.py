@@ -246,7 +246,7 @@ class Log:
         self.clock: Callable[[], float] = time.time
         self.descriptor = -1
         self.live = False           # at a terminal: each line at once
-        self.loud = False           # verbose: details too
+        self.loud = 0               # verbose: details too
         self.quiet = False          # only what went wrong is printed
         self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
 
@@ -316,7 +316,9 @@ def tls_context(ca_file: str) -> Any:
     """A verifying TLS context whose sockets give up at their `until`."""
     import ssl
     try:
-        context = ssl.create_default_context(cafile=ca_file or None)
+        directory = os.path.isdir(ca_file)
+        context = ssl.create_default_context(cafile=None if directory else ca_file or None,
+                                             capath=ca_file if directory else None)
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
     context.sslsocket_class = timed(ssl.SSLSocket)
@@ -885,6 +887,12 @@ def link(to: str, path: str, by: str) -> None:
     rename(by, path)
 
 
+def keep(path: str, target: str) -> None:
+    """Give the present content of a path a second name."""
+    remove(target)
+    os.link(path, target)
+
+
 def back_up(path: str, target: str) -> None:
     """Keep the present content of a path under another name: a second link, or (with a key in it) a private copy."""
     remove(target)
@@ -1043,10 +1051,36 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
         raise PemError(f"not a certificate: {printable(str(error))[:100]}") from error
 
 
+CURVES = {"06082a8648ce3d030107": "SECP256R1", "06052b81040022": "SECP384R1", "06052b81040023": "SECP521R1"}
+
+
+def parse_odd_key(pem: bytes) -> PrivateKey:
+    """An EC key whose number is not as long as its curve asks (RFC 5915), as GnuTLS writes it; ValueError for others."""
+    import base64
+    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+    at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
+    curve = next((name for oid, name in CURVES.items() if bytes.fromhex(oid) in der), "")
+    number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
+    if not curve:
+        raise ValueError("not an EC key")
+    return ec.derive_private_key(number, getattr(ec, curve)())
+
+
+def load_key(pem: bytes) -> Any:
+    """The private key of a PEM block, also where cryptography is stricter than those who write keys."""
+    try:
+        return serialization.load_pem_private_key(pem, None)
+    except ValueError as error:
+        try:
+            return parse_odd_key(pem)
+        except (ValueError, IndexError):
+            raise error from None
+
+
 def parse_key(pem: bytes) -> PrivateKey:
     """An unencrypted EC or RSA private key; PemError where it is none."""
     try:
-        key = serialization.load_pem_private_key(private_key(pem), None)
+        key = load_key(private_key(pem))
     except TypeError as error:
         raise KeyKindError("the private key is encrypted; wucme needs it in the clear") from error
     except Exception as error:      # cryptography has several of its own for what is no key
@@ -1204,13 +1238,15 @@ def is_address(name: str) -> bool:
     return ":" in name or name.replace(".", "").isdigit()
 
 
-def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
-    """A CSR (DER) with an empty subject and exactly these names (RFC 8555 section 7.4)."""
+def signing_request(key: PrivateKey, names: Iterable[str], staple: bool = False) -> bytes:
+    """A CSR (DER) with an empty subject and exactly these names (RFC 8555, 7.4); `staple`: as RFC 7633 says."""
     import ipaddress
     wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
                                       else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+    if staple:
+        builder = builder.add_extension(x509.TLSFeature([x509.TLSFeatureType.status_request]), critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
@@ -1220,8 +1256,9 @@ def request_facts(pem: bytes) -> tuple[bytes, tuple[str, ...], str]:
         request = x509.load_pem_x509_csr(pem)
         if not request.is_signature_valid:
             raise ValueError("its signature is wrong")
-        return (request.public_bytes(serialization.Encoding.DER), alternative_names(request),
-                key_hash(request.public_key()))
+        common = [str(one.value).lower() for one in request.subject if one.oid.dotted_string == "2.5.4.3"]
+        return (request.public_bytes(serialization.Encoding.DER),
+                tuple(dict.fromkeys([*common, *alternative_names(request)])), key_hash(request.public_key()))
     except Exception as error:      # cryptography has several of its own for what is none
         raise PemError(f"not a certificate signing request: {printable(str(error))[:100]}") from error
 
@@ -1541,9 +1578,12 @@ class CertificateScope(NamedTuple):
                              "30d, 12h, 25%, never; a bare number is days")
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
     chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
-                         "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
+                         "text, or whose SHA-256 fingerprint or key identifier begins so; a number: that one of the "
+                         "alternates", "TEXT")
     csr: str = setting(a_path, "", "a signing request (PEM) whose key is kept elsewhere; it has the names too", "PATH",
                        local=True)
+    must_staple: bool = setting(a_flag, "no", "ask for a certificate that counts with a stapled OCSP answer alone (RFC "
+                                "7633); few CAs still give one", local=True)
     challenge: tuple[str, ...] = setting(
         some_challenges, "http-01", "how control of the names is proved, in order of preference: "
         + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order")
@@ -2215,7 +2255,7 @@ class Dialect(NamedTuple):
 
 DIALECTS = {
     "uacme": Dialect(
-        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "digest"},
+        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "digest", "dns-persist-01": "record"},
         ("begin", "{kind}", "{name}", "{token}", "{value}"), ("{verdict}", "{kind}", "{name}", "{token}", "{value}"),
         {"UACME_METHOD": "{verdict}", "UACME_TYPE": "{kind}", "UACME_IDENT": "{name}", "UACME_TOKEN": "{token}",
          "UACME_AUTH": "{value}", "UACME_CONFDIR": "{directory}", "UACME_VERBOSE": "{verbose}"}, failure="decline"),
@@ -2750,10 +2790,11 @@ def by_record(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
 
 def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
     """What the templates of a dialect can hold, for one proof."""
-    value = {"text": one.text, "digest": base64url(one.digest), "hex": one.digest.hex()}[dialect.values[one.kind]]
+    value = {"text": one.text, "digest": base64url(one.digest), "hex": one.digest.hex(),
+             "record": f'"{one.text.partition(chr(10))[0]}"'}[dialect.values[one.kind]]
     return {"kind": one.kind, "name": one.name, "token": one.token, "value": value, "output": "", "rest": "",
             "http_token": one.token if one.kind == "http-01" else "", "names": " ".join(task.names),
-            "all": ",".join(task.names), "verbose": str(int(log.loud)), "tokens": task.answers.directory,
+            "all": ",".join(task.names), "verbose": str(log.loud), "tokens": task.answers.directory,
             "directory": os.path.dirname(task.answers.directory),
             "fqdn": record_name(task, one.name) if dialect.waits else ""}
 
@@ -2793,11 +2834,12 @@ def by_hook(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
             fields = {**hook_fields(task, one, dialect), "rest": str(rest), "verdict": "begin"}
             finished = call_hook(task, hook.begin, dialect.begin, fields)
             records.append((fields["fqdn"], fields["value"]))
-            if dialect.failure != "decline" or not finished.problem.startswith("exit status"):
+            declined = dialect.failure == "decline" and finished.problem.startswith("exit status")
+            if not declined:
                 begun.append((one, "\n".join(finished.output).strip()))
             if finished.problem and dialect.failure != "ignore":
-                raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} "
-                                     f"{dialect.failure}s {one.kind}: {with_last_line(finished)}")
+                raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} {'declines' if declined else 'aborts'} "
+                                     f"{one.kind}: {with_last_line(finished)}", *[one.kind] * declined)
             if finished.problem:
                 log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
         if dialect.waits:
@@ -3428,11 +3470,11 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
 
 def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
     """The chain that is preferred, of all that the CA offers; its first where none is."""
-    if not preferred or chain_matches(first.body, preferred):
+    if not preferred or (not preferred.isdigit() and chain_matches(first.body, preferred)):
         return first.body
-    for url in alternates(first):
+    for number, url in enumerate(alternates(first), 1):
         body = client.post(client.own_url(url, "alternate chain"), None).body
-        if chain_matches(body, preferred):
+        if preferred == str(number) or chain_matches(body, preferred):
             return body
     log(f"chain = {preferred}: the CA offers no such chain; its default is taken")
     return first.body
@@ -3542,9 +3584,9 @@ def prune(path: str, keep: int) -> None:
 
 
 def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
-    """Write the memory of a certificate, if it is other than what is written already."""
+    """Write the memory of a certificate, if it is other than what is written already, and has a directory."""
     memory = entry.memory._replace(**changes)
-    if memory != entry.written:
+    if directory and memory != entry.written:
         replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
     return entry._replace(memory=memory, written=memory)
 
@@ -4360,6 +4402,15 @@ def finish_key_change(client: Client, account: Account, who: Applicant) -> None:
     remove(path)
 
 
+def sign_up(client: Client, server: ServerScope, who: Applicant, world: World) -> None:
+    """Make an account at a CA; SettingsError unless its terms are agreed to."""
+    terms = client.directory.terms
+    if terms and not server.agree and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
+        raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
+                            "agreed to first: set agree = yes, or use --agree")
+    client.register(who, True)
+
+
 def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world: World) -> Opened:
     """Open the account at a CA; it is made if there is none and the terms are agreed to."""
     account, server = account_of(settings, word), find_server(settings, word)[1]
@@ -4372,11 +4423,7 @@ def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world:
         with contextlib.suppress(ProtocolError):
             client.account = client.own_url(state.get("account"), "account")
     if not client.account and not client.register(who, server.agree):
-        terms = client.directory.terms
-        if terms and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
-            raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
-                                "agreed to first: set agree = yes, or use --agree")
-        client.register(who, True)
+        sign_up(client, server, who, world)
     note_account(client, account)
     return Opened(client, server, account, who)
 
@@ -4433,7 +4480,7 @@ def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
     order, until = authorize(client, order, task)
-    request = given[0] if given else signing_request(cast("PrivateKey", key), names)
+    request = given[0] if given else signing_request(cast("PrivateKey", key), names, entry.wanted.must_staple)
     first = finish(client, order, names, request, until)
     chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
     return Obtained(entry, chain, key, client.url)
@@ -4536,8 +4583,8 @@ def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answe
     return obtain_by_some_way(entry, clients.enter(words[-1]), task, run)
 
 
-def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
-    """Check a certificate as it would go live, and make it live."""
+def store(obtained: Obtained, run: RunScope, mark: str, now: float, change: Callable[..., list[Step]] = switch) -> Entry:
+    """Check a certificate as it would go live, and make it live by the steps of a `change`."""
     entry, names = obtained.entry, wanted_names(obtained.entry)
     kept = read(entry.key) if obtained.key is None or entry.whole else b""
     public = key_hash(obtained.key.public_key()) if obtained.key else key_of(kept)
@@ -4554,7 +4601,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
     same = obtained.key is None or (entry.whole and public == entry.memory.key_hash)
     secret = private_key(kept) if same else key_pem(cast("PrivateKey", obtained.key))
-    for step in switch(entry, obtained.chain, secret, mark):
+    for step in change(entry, obtained.chain, secret, mark):
         if not step.text.startswith("saving"):
             log(step.text)
         step.do()
@@ -5253,7 +5300,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
             print(manual() if arguments["help"] else version())
             return 0
         need_cryptography()
-        log.clock, log.loud, log.quiet = world.now, arguments["verbose"], arguments["quiet"]
+        log.clock, log.loud, log.quiet = world.now, int(arguments["verbose"]), arguments["quiet"]
         log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
         settings, request = understand(arguments)
         return act(settings, request, world)
