@@ -3398,7 +3398,8 @@ LAYERS: dict[int, tuple[str, set[int]]] = {
     11: ("load", {1, 2, 3, 4, 5}),
     12: ("report", {1, 7}),
     13: ("run", set(range(1, 13))),
-    16: ("command line", set(range(1, 14))),
+    15: ("uacme", set(range(1, 14))),
+    16: ("command line", set(range(1, 16))),
 }
 
 
