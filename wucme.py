@@ -1056,7 +1056,7 @@ CURVES = {"06082a8648ce3d030107": "SECP256R1", "06052b81040022": "SECP384R1", "0
 
 
 def parse_odd_key(pem: bytes) -> PrivateKey:
-    """An EC key whose number is not as long as its curve asks (RFC 5915), as GnuTLS writes it; ValueError for others."""
+    """An EC key whose number is longer or shorter than RFC 5915 asks, as GnuTLS writes it; ValueError for others."""
     import base64
     der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
     at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
@@ -4584,7 +4584,8 @@ def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answe
     return obtain_by_some_way(entry, clients.enter(words[-1]), task, run)
 
 
-def store(obtained: Obtained, run: RunScope, mark: str, now: float, change: Callable[..., list[Step]] = switch) -> Entry:
+def store(obtained: Obtained, run: RunScope, mark: str, now: float,
+          change: Callable[..., list[Step]] = switch) -> Entry:
     """Check a certificate as it would go live, and make it live by the steps of a `change`."""
     entry, names = obtained.entry, wanted_names(obtained.entry)
     kept = read(entry.key) if obtained.key is None or entry.whole else b""
@@ -5174,7 +5175,6 @@ def open_log(run: RunScope) -> None:
 # settings, and an entry whose paths are uacme's; the rooms above do the rest.
 
 UACME_DIRECTORY = "/etc/ssl/uacme"
-UACME_SECONDS = "40m"           # how long it waits for a CA, and here for a hook too
 
 
 class Switch(NamedTuple):
@@ -5290,7 +5290,7 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
         for flat in (os.getcwd(), read_settings(source, texts).run.directory):
             if os.path.isdir(flat) and "wucme_k_account.pem" in map(str.lower, os.listdir(flat)):
                 return Call(verb, tuple(words), given, read_settings(source, {**texts, "directory": flat}), "", world)
-    settings = read_settings(NOWHERE, {"renew": "30d", "deadline": UACME_SECONDS, "load_timeout": UACME_SECONDS, **texts})
+    settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
     settings = settings._replace(default=settings.default._replace(key=kind), run=settings.run._replace(directory=""))
     return Call(verb, tuple(words), given, settings, given.get("c", UACME_DIRECTORY), world)
 
@@ -5298,7 +5298,7 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
 def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) -> Finished:
     """Run a hook, and pass on what it says."""
     finished = command(*arguments, **more)
-    for line in finished.output:
+    for line in [] if log.live else finished.output:
         log.show(f"{printable(line)}\n")
     return finished
 
@@ -5332,22 +5332,25 @@ def supersede(path: str, new: str, stamp: str) -> list[Step]:
 def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     """The steps that make a checked chain live in uacme's way, and a new key with it."""
     waiting, whole = f"{entry.chain}_tmp", b"".join(certificates(chain))
-    changed = not entry.wanted.csr and key_of(read(entry.key)) != key_of(key)
+    same = entry.wanted.csr or key_of(read(entry.key)) == key_of(key)
     return [Step(f"saving to {waiting}", create, (waiting, whole, owner(entry.chain, 0o444))),
-            *supersede(entry.chain, waiting, stamp), *(supersede(entry.key, f"{entry.key}_tmp", stamp) if changed else [])]
+            *supersede(entry.chain, waiting, stamp), *([] if same else supersede(entry.key, f"{entry.key}_tmp", stamp))]
 
 
-def open_account(call: Call) -> Opened:
-    """The account of uacme's directory, not yet looked for at the CA."""
-    first, make = call.verb == "new", "n" not in call.given
-    uacme_directory(call.top, 0o755, first and make)
-    uacme_directory(call.private, 0o700, first and make)
-    account = Account(os.path.join(call.private, "key.pem"), "")
+def own_key(call: Call) -> PrivateKey:
+    """The key of the account in uacme's directory, which `new` alone may make."""
+    make = call.verb == "new" and "n" not in call.given
+    uacme_directory(call.top, 0o755, make)
+    uacme_directory(call.private, 0o700, make)
+    return uacme_key(os.path.join(call.private, "key.pem"), call.settings.default.key, make)
+
+
+def open_account(call: Call, key: PrivateKey) -> Opened:
+    """The account with a key, not yet looked for at the CA."""
     word = call.settings.default.server[0]
-    key, server = uacme_key(account.key, call.settings.default.key, first and make), find_server(call.settings, word)[1]
-    client = reach(call.settings, word, call.world)
+    client, server = reach(call.settings, word, call.world), find_server(call.settings, word)[1]
     client.key = key
-    return Opened(client, server, account, applicant(server))
+    return Opened(client, server, Account(os.path.join(call.private, "key.pem"), ""), applicant(server))
 
 
 def found_account(opened: Opened) -> Opened:
@@ -5359,7 +5362,7 @@ def found_account(opened: Opened) -> Opened:
 
 def uacme_new(call: Call) -> int:
     """Make an account; one that is there already is an error, as it is to uacme."""
-    opened = open_account(call)
+    opened = open_account(call, own_key(call))
     if opened.client.register(opened.who, False):
         raise AcmeError(f"{opened.client.url}: there is an account with the key {opened.account.key} already")
     sign_up(opened.client, opened.server, opened.who, call.world)
@@ -5368,7 +5371,7 @@ def uacme_new(call: Call) -> int:
 
 def uacme_update(call: Call) -> int:
     """Replace the contact of the account."""
-    opened = found_account(open_account(call))
+    opened = found_account(open_account(call, own_key(call)))
     wanted = [f"mailto:{address}" for address in opened.who.contact]
     if (opened.client.account_object().get("contact") or []) != wanted:
         opened.client.account_object({"contact": wanted})
@@ -5377,7 +5380,7 @@ def uacme_update(call: Call) -> int:
 
 def uacme_newkey(call: Call) -> int:
     """Give the account another key."""
-    opened = found_account(open_account(call))
+    opened = found_account(open_account(call, own_key(call)))
     new = os.path.join(call.private, "newkey.pem")
     opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given))
     for step in supersede(opened.account.key, new, str(int(call.world.now()))):
@@ -5388,7 +5391,7 @@ def uacme_newkey(call: Call) -> int:
 
 def uacme_deactivate(call: Call) -> int:
     """Close the account for good."""
-    found_account(open_account(call)).client.account_object({"status": "deactivated"})
+    found_account(open_account(call, own_key(call))).client.account_object({"status": "deactivated"})
     return 0
 
 
@@ -5398,7 +5401,7 @@ def uacme_revoke(call: Call) -> int:
     about = facts(chain)
     key = uacme_key(call.words[1], "", False) if call.words[1:] else None
     client = reach(call.settings, call.settings.default.server[0], call.world) if key else \
-        found_account(open_account(call)).client
+        found_account(open_account(call, own_key(call))).client
     log(f"revoking {path}, serial number {about.serial}")
     client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
     rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.world.now())}.pem"))
@@ -5506,8 +5509,8 @@ def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> N
 def uacme_issue(call: Call) -> int:
     """Issue a certificate if that is due, else 1; for check: 0 if it is due, else 1."""
     run, now, check = call.settings.run, call.world.now(), call.verb == "check"
-    entry = uacme_entry(call)
-    opened = open_account(call)
+    key, entry = own_key(call), uacme_entry(call)
+    opened = open_account(call, key)
     log(f"checking existence and expiration of {entry.chain}")
     entry = entry if "i" in call.given else uacme_advised(entry, opened.client, run, now)
     decision = decide(entry, now, forced="f" in call.given)
@@ -5556,8 +5559,8 @@ def uacme(argv: Sequence[str], world: World) -> int:
     try:
         call = understand_call(argv, world)
         if call.top:
-            command = functools.partial(world.command, cwd=os.getcwd())
-            call = call._replace(world=world._replace(command=command if log.loud else functools.partial(overheard, command)))
+            command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
+            call = call._replace(world=world._replace(command=command))
         status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
     except (WucmeError, OSError) as error:
         log(f"failed: {sentence(error)}", wrong=True)
