@@ -5217,7 +5217,7 @@ class Call(NamedTuple):
     given: Mapping[str, str]
     settings: Settings
     top: str                    # uacme's directory, "" for a flat one of wucme's own
-    world: World
+    clients: Clients
 
     @property
     def private(self) -> str:
@@ -5289,10 +5289,12 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
         source = read_source(find_ini(os.environ.get("WUCME_INI", "")))
         for flat in (os.getcwd(), read_settings(source, texts).run.directory):
             if os.path.isdir(flat) and "wucme_k_account.pem" in map(str.lower, os.listdir(flat)):
-                return Call(verb, tuple(words), given, read_settings(source, {**texts, "directory": flat}), "", world)
+                settings = read_settings(source, {**texts, "directory": flat})
+                return Call(verb, tuple(words), given, settings, "", Clients(settings, world))
     settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
     settings = settings._replace(default=settings.default._replace(key=kind), run=settings.run._replace(directory=""))
-    return Call(verb, tuple(words), given, settings, given.get("c", UACME_DIRECTORY), world)
+    return Call(verb, tuple(words), given, settings, given.get("c", UACME_DIRECTORY),
+                Clients(settings, world))
 
 
 def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) -> Finished:
@@ -5348,7 +5350,7 @@ def own_key(call: Call) -> PrivateKey:
 def open_account(call: Call, key: PrivateKey) -> Opened:
     """The account with a key, not yet looked for at the CA."""
     word = call.settings.default.server[0]
-    client, server = reach(call.settings, word, call.world), find_server(call.settings, word)[1]
+    client, server = call.clients.reach(word), find_server(call.settings, word)[1]
     client.key = key
     return Opened(client, server, Account(os.path.join(call.private, "key.pem"), ""), applicant(server))
 
@@ -5365,7 +5367,7 @@ def uacme_new(call: Call) -> int:
     opened = open_account(call, own_key(call))
     if opened.client.register(opened.who, False):
         raise AcmeError(f"{opened.client.url}: there is an account with the key {opened.account.key} already")
-    sign_up(opened.client, opened.server, opened.who, call.world)
+    sign_up(opened.client, opened.server, opened.who, call.clients.world)
     return 0
 
 
@@ -5383,7 +5385,7 @@ def uacme_newkey(call: Call) -> int:
     opened = found_account(open_account(call, own_key(call)))
     new = os.path.join(call.private, "newkey.pem")
     opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given))
-    for step in supersede(opened.account.key, new, str(int(call.world.now()))):
+    for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
         log(step.text)
         step.do()
     return 0
@@ -5400,11 +5402,11 @@ def uacme_revoke(call: Call) -> int:
     path, chain = call.words[0], read(call.words[0])
     about = facts(chain)
     key = uacme_key(call.words[1], "", False) if call.words[1:] else None
-    client = reach(call.settings, call.settings.default.server[0], call.world) if key else \
+    client = call.clients.reach(call.settings.default.server[0]) if key else \
         found_account(open_account(call, own_key(call))).client
     log(f"revoking {path}, serial number {about.serial}")
     client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
-    rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.world.now())}.pem"))
+    rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.clients.world.now())}.pem"))
     return 0
 
 
@@ -5508,7 +5510,7 @@ def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> N
 
 def uacme_issue(call: Call) -> int:
     """Issue a certificate if that is due, else 1; for check: 0 if it is due, else 1."""
-    run, now, check = call.settings.run, call.world.now(), call.verb == "check"
+    run, now, check = call.settings.run, call.clients.world.now(), call.verb == "check"
     key, entry = own_key(call), uacme_entry(call)
     opened = open_account(call, key)
     log(f"checking existence and expiration of {entry.chain}")
@@ -5519,7 +5521,7 @@ def uacme_issue(call: Call) -> int:
         raise FileError(entry.fault)
     log(f"{entry.title}: {f'due: {decision.reason}' if decision.due else 'not due'}")
     if decision.due and not check:
-        uacme_obtain(entry, found_account(opened), run, call.world)
+        uacme_obtain(entry, found_account(opened), run, call.clients.world)
     return 0 if decision.due else 1
 
 
@@ -5531,7 +5533,7 @@ UACME_VERBS: dict[str, tuple[Callable[[Call], int], int, int]] = {      # with h
 
 def in_flat(call: Call) -> int:
     """Do what uacme is asked for in a directory of wucme's own, by the verbs of that; nothing is loaded."""
-    settings, world = call.settings, call.world
+    settings, clients, world = call.settings, call.clients, call.clients.world
     reason = next((name for name, code in REASONS.items() if code == int(call.given.get("r", "0"))), "")
     open_log(settings.run)
     if call.verb == "revoke":
@@ -5540,8 +5542,8 @@ def in_flat(call: Call) -> int:
         return 2 * account_verb(settings, Request("account", (call.verb,)), world).status
     named = ((), {"csr": call.words[0]}) if call.by_request else (call.words, {})
     settings, label = declare(settings, *named)
-    clients, now = Clients(settings, world), world.now()
-    with locked(settings.run, world), contextlib.closing(clients):
+    now = world.now()
+    with locked(settings.run, world):
         request = Request("issue", (label,), "f" in call.given)
         told = ask_windows(examine(take_stock(settings), request, now), settings, clients, now)
         found = choose(take_stock(settings), [label])[0]
@@ -5557,11 +5559,10 @@ def uacme(argv: Sequence[str], world: World) -> int:
     """wucme.py --uacme: 0 done, 1 nothing to do, 2 failed or a usage error; for check 0 is due, 1 is not."""
     log.clock = world.now
     try:
-        call = understand_call(argv, world)
-        if call.top:
-            command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
-            call = call._replace(world=world._replace(command=command))
-        status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
+        command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
+        call = understand_call(argv, world._replace(command=command))
+        with contextlib.closing(call.clients):
+            status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
     except (WucmeError, OSError) as error:
         log(f"failed: {sentence(error)}", wrong=True)
         status = 2
