@@ -21,10 +21,10 @@ SYNOPSIS
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
   at every file of the directory, decides with a reason what is due, opens the challenge listener,
-  obtains the certificates side by side from the CA (ACME, RFC 8555), checks
-  each one, backs up the old one and renames the new one into place, runs the load list, and
-  reports. A certificate that fails never stops another. With nothing due and nothing owed it
-  sends nothing, prints nothing (unless at a terminal), and exits 0.
+  obtains the certificates side by side from the CA (ACME, RFC 8555), checks each one, backs up the
+  old one and renames the new one into place, runs the load list, and reports. A certificate that
+  fails never stops another. With nothing due and nothing owed it sends nothing, prints nothing
+  (unless at a terminal), and exits 0.
 
   Certificates are found, not listed: every wucme_c_NAME.pem in the directory is renewed with its
   key wucme_k_NAME.pem. A section [NAME] in the ini declares one that does not exist yet, or
