@@ -962,7 +962,12 @@ def make_directory(path: str) -> None:
         return
     if os.path.dirname(path):
         make_directory(os.path.dirname(path))
-    os.mkdir(path)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):     # else another worker made it meanwhile
+            raise
+        return
     os.chmod(path, 0o755)
     sync_directory(path)
 
@@ -3153,7 +3158,7 @@ class Client:
 
     def nonce(self) -> str:
         """A fresh nonce (section 7.2)."""
-        for _ in range(FAULT_TRIES * 2):        # another worker may take the one that was asked for
+        for _ in range(NONCE_TRIES):        # another worker may take the one that was asked for
             try:
                 return self.nonces.pop()
             except IndexError:
