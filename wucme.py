@@ -713,7 +713,7 @@ OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
 
 
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
-    """Make a new file, on the disk when this returns; what was left there goes; `strict`: OSError if not its owner's."""
+    """Make a new file, on the disk when this returns; what is there goes; OSError if `strict` and not its owner's."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
