@@ -4138,6 +4138,8 @@ class TestLoad:
             done = tame.run(*arguments)
             assert done.status == 2
             assert re.search(r"wucme.ini:\d+: > .*/x.pem would be written for a.example.test and for b", done.err)
+        tame.write(f"> {tmp_path}/{{name}}.pem", f"> {tmp_path}/./{{name}}.pem what=key")
+        assert "/a.example.test.pem would be written for a.example.test and for a.example.test" in tame.run().err
         tame.write(f"> {tame.directory}/x.pem")
         assert "is in wucme's own directory" in tame.run().err
 
