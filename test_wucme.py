@@ -3281,6 +3281,13 @@ class TestProve:
     def test_the_name_that_is_asked_for(self, text: str, name: str) -> None:
         assert wucme.server_name(wucme.parse_item(text), self.MINE) == name
 
+    @pytest.mark.parametrize(("names", "name"), [
+        (("a.example", "10.0.0.1"), "10.0.0.1"), (("*.example", "a.example"), "www.example"), ((), "10.0.0.1"),
+    ])
+    def test_an_address_is_asked_for_a_name_unless_the_certificate_is_for_it(self, names: tuple[str, ...],
+                                                                             name: str) -> None:
+        assert wucme.server_name(wucme.parse_item("? 10.0.0.1:443"), entry(known(1, 0, names))) == name
+
     @pytest.mark.parametrize(("names", "text", "concerned"), [
         (("a.example",), "? a.example:1", True), (("a.example",), "? A.Example:1", True),
         (("*.example",), "? a.example:1", True), (("*.example",), "? a.b.example:1", False),
@@ -5609,6 +5616,8 @@ class TestLoad:
         assert done.lines[-1].endswith("4 owed")
         assert tame.run() == Done(1, "", "")
         assert not list(tmp_path.glob("*.pem"))
+        (tmp_path / "password").write_text("\n")
+        assert f"{tmp_path}/password: holds no password" in tame.run().err
 
     def test_copies(self, tame: Host, tmp_path: Path) -> None:
         (tmp_path / "password").write_text("secret\n")
@@ -5656,6 +5665,8 @@ class TestLoad:
             done = tame.run(*arguments)
             assert done.status == 2
             assert re.search(r"wucme.ini:\d+: > .*/x.pem would be written for a.example.test and for b", done.err)
+        tame.write(f"> {tmp_path}/{{name}}.pem", f"> {tmp_path}/./{{name}}.pem what=key")
+        assert "/a.example.test.pem would be written for a.example.test and for a.example.test" in tame.run().err
         tame.write(f"> {tame.directory}/x.pem")
         assert "is in wucme's own directory" in tame.run().err
 
@@ -5682,6 +5693,12 @@ class TestLoad:
             assert tame.run(PATH=path).status == 0
             assert (tmp_path / "asked").read_text() == "try-reload-or-restart web\n" * 2
             assert tame.run(PATH=path) == Done(0, "", "")
+
+    def test_common_proof_is_not_owed_by_a_certificate_without_the_name(self, tame: Host) -> None:
+        tame.write("? other.example.test:443")
+        assert tame.run() == Done(0, "", "")
+        assert tame.run("load", "--dry-run").out == "nothing to do\n"
+        assert json.loads(tame.run("status", "--json").out)["certificates"][0]["loads"] == []
 
     def test_systemctl_that_fails_is_owed(self, tame: Host) -> None:
         tame.write("+systemd no-such-unit")
