@@ -1143,21 +1143,10 @@ def brief(value: object) -> str | None:
     return f"{len(value)} bytes" if isinstance(value, bytes) else None
 
 
-def spliced(der: bytes, number: bytes) -> bytes:
-    """The DER of an EC private key with another octet string for its number, which is as long up to one octet."""
-    at = der.index(b"\x02\x01\x01\x04") + 4
-    found = bytearray(der[:at] + bytes([len(number)]) + number + der[at + 1 + der[at]:])
-    change, place = len(number) - der[at], 0
-    while place < at:       # the lengths of what it stands in: sequences and, in PKCS #8, an octet string
-        wide = found[place + 1] & 0x7f if found[place + 1] > 0x80 else 0
-        start = place + 2 + wide
-        if found[place] in (0x30, 0x04) and start + int.from_bytes(der[place + 2:start] or der[place + 1:start], "big") > at:
-            last = start - 1
-            found[last] += change
-            place = start
-        else:
-            place = start + (int.from_bytes(found[place + 2:start], "big") if wide else found[place + 1])
-    return bytes(found)
+def der(tag: int, *parts: bytes) -> bytes:
+    """A value of less than 256 bytes in DER."""
+    body = b"".join(parts)
+    return bytes([tag, len(body)] if len(body) < 128 else [tag, 0x81, len(body)]) + body
 
 
 class TestKeys:
@@ -1196,20 +1185,27 @@ class TestKeys:
         found = wucme.parse_key(CHAIN + pem.replace(b"\n", b"\r\n"))
         assert wucme.key_hash(found.public_key()) == wucme.key_hash(key.public_key())
 
-    @pytest.mark.parametrize("form", [serialization.PrivateFormat.TraditionalOpenSSL,
-                                      serialization.PrivateFormat.PKCS8])
-    @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1()])
+    @pytest.mark.parametrize("plain", [False, True])
+    @pytest.mark.parametrize(("curve", "oid"), [(ec.SECP256R1(), "06082a8648ce3d030107"),
+                                                (ec.SECP384R1(), "06052b81040022")])
     @pytest.mark.parametrize("change", [1, -1])
-    def test_numbers_longer_or_shorter_than_their_curve_are_read(self, curve: Any, form: Any, change: int) -> None:
+    def test_numbers_longer_or_shorter_than_their_curve_are_read(self, curve: Any, oid: str, plain: bool,
+                                                                 change: int) -> None:
         size = (curve.key_size + 7) // 8
         key = ec.derive_private_key(3 << (8 * size - 16), curve)    # its first octet is zero
-        pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
-        der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
         number = key.private_numbers().private_value.to_bytes(size + change, "big")
-        odd = spliced(der, number)
-        text = b"\n".join([pem.splitlines()[0], base64.encodebytes(odd).strip(), pem.splitlines()[-1], b""])
-        assert wucme.key_hash(wucme.parse_key(text).public_key()) == wucme.key_hash(key.public_key())
-        assert wucme.key_hash(wucme.parse_odd_key(text).public_key()) == wucme.key_hash(key.public_key())
+        point = key.public_key().public_bytes(serialization.Encoding.X962,
+                                              serialization.PublicFormat.UncompressedPoint)
+        named = bytes.fromhex(oid)
+        found = der(0x30, b"\x02\x01\x01", der(4, number), b"" if plain else der(0xa0, named),
+                    der(0xa1, der(3, b"\0" + point)))
+        if plain:
+            kind = der(0x30, bytes.fromhex("06072a8648ce3d0201"), named)
+            found = der(0x30, b"\x02\x01\x00", kind, der(4, found))
+        label = b"PRIVATE KEY-----" if plain else b"EC PRIVATE KEY-----"
+        pem = b"-----BEGIN " + label + b"\n" + base64.encodebytes(found) + b"-----END " + label + b"\n"
+        for read in (wucme.parse_key, wucme.parse_odd_key):
+            assert wucme.key_hash(read(pem).public_key()) == wucme.key_hash(key.public_key())
 
     @pytest.mark.parametrize(("key", "reason"), [
         (b"", "holds no (whole )?private key"),
@@ -6692,8 +6688,8 @@ class Twin(NamedTuple):
     def run(self, arguments: Sequence[object], **environment: str) -> Done:
         """Run it in its home, with its own directory for {home}."""
         words = [str(word).replace("{home}", str(self.home)) for word in arguments]
-        done = subprocess.run([*self.command, *words], env={**self.environment, **environment}, cwd=self.home, check=False,
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=90)
+        done = subprocess.run([*self.command, *words], env={**self.environment, **environment}, cwd=self.home,
+                              check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
         assert b"Traceback" not in done.stderr, done.stderr
         return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -6705,9 +6701,8 @@ class Twin(NamedTuple):
 
     def calls(self) -> list[str]:
         """The calls of its hook in their order, but of declined ones, since a CA may offer in any order."""
-        tidy = [re.sub(r"[\w-]{43}", "X", " ".join(call)) + f" {told['UACME_VERBOSE'] if 'UACME_VERBOSE' in told else ''}"
-                for call, told in noted(self.home / "hook")]
-        return [call for call in tidy if "http-01" in call or "*" in call or "wild" in call]
+        calls = [re.sub(r"[\w-]{43}", "X", call) for call in arguments(self.home / "hook")]
+        return [call for call in calls if "http-01" in call or "wild" in call]
 
     def certificate(self, name: str = "a.example.test") -> wucme.Facts:
         """What its live certificate says, whose key must fit."""
@@ -6743,7 +6738,7 @@ class Twins(NamedTuple):
         ends = [twin.run(arguments) for twin in self]
         assert [end.status for end in ends] == [status, status], ends
         assert self.theirs.files() == self.ours.files()
-        calls = [[call.replace(str(twin.home), "HOME").removesuffix(" 0").strip() for call in twin.calls()] for twin in self]
+        calls = [twin.calls() for twin in self]
         assert sorted(calls[0]) == sorted(calls[1])
         for one, after in zip(*[iter(calls[1])] * 2):     # a name is done with before the next is begun
             assert one.split()[1:] == after.split()[1:], calls
@@ -6769,8 +6764,8 @@ def twins(pebble24: testbed.Pebble, tmp_path: Path) -> Twins:
 BAD_CALLS = ["", "-V", "-?", "--help", "--version", "what", "-x issue a.b", "issue", "new a b", "deactivate now",
              "newkey now", "revoke", "revoke a b c", "revoke nowhere.pem", "-b 100 -y new", "-b 2049 -y new",
              "-t EC -b 521 -y new", "-t DSA new", "-d 0 issue a.b", "-d x issue a.b", "-r -1 revoke a", "-r x revoke a",
-             "-s new", "-e nocolon -y new", "-h nowhere issue a.b", "-l 0 issue a.b", "-l A issue a.b", "-l AA issue a.b",
-             "issue a.b", "update", "-n new", "issue a..b", "issue *", "issue a/../b.c", "issue a.*.b"]
+             "-s new", "-e nocolon -y new", "-h nowhere issue a.b", "-l 0 issue a.b", "-l A issue a.b",
+             "-l AA issue a.b", "issue a.b", "update", "-n new", "issue a..b", "issue *", "issue a/../b.c", "issue a.*.b"]
 
 
 @pytest.mark.process
@@ -6947,7 +6942,8 @@ class TestAsUacme:
         calls = [call for call, _ in noted(alike.home / "hook") if call[1] == "dns-persist-01"]
         account = next(iter(fake.accounts.values())).url
         text = f'"fakeca.example; accounturi={account}; policy=wildcard"'
-        assert calls == [[verb, "dns-persist-01", "a.example.test", "fakeca.example", text] for verb in ("begin", "done")]
+        assert calls == [[verb, "dns-persist-01", "a.example.test", "fakeca.example", text]
+                         for verb in ("begin", "done")]
         assert not [call for call, _ in noted(alike.home / "hook") if call[1] == "unheard-of-01"]
 
     def test_rate_limits_are_told_with_their_end(self, fake: fakeca.FakeCA, alike: Twin) -> None:
@@ -7029,7 +7025,8 @@ class TestAsUacme:
         twin, hook = our_twin(tmp_path / "h", pebble.directory_url, pebble.ca_file), testbed.setup("uacme") / "uacme.sh"
         twin.run(["-y", "new"])
         with Documents(pebble.http_port, lambda path: content(tmp_path / path.rpartition("/")[2])):
-            done = twin.run(["-h", hook, "issue", "a.example.test", "b.example.test"], UACME_CHALLENGE_PATH=str(tmp_path))
+            done = twin.run(["-h", hook, "issue", "a.example.test", "b.example.test"],
+                            UACME_CHALLENGE_PATH=str(tmp_path))
         assert done.status == 0, done.err
         assert twin.certificate().names == ("a.example.test", "b.example.test")
         assert not [path for path in tmp_path.iterdir() if len(path.name) == 43], "its tokens are gone"
@@ -7072,9 +7069,9 @@ class TestAsUacmeInAFlatDirectory:
 
     def run(self, lab: Host, *arguments: object) -> Done:
         """Run it in the directory, as that program runs itself."""
-        done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), "--uacme", *map(str, arguments)], check=False,
-                              env={**lab.environment, "WUCME_INI": str(lab.ini)}, cwd=lab.directory, capture_output=True,
-                              stdin=subprocess.DEVNULL, text=True, timeout=90)
+        done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), "--uacme", *map(str, arguments)],
+                              env={**lab.environment, "WUCME_INI": str(lab.ini)}, cwd=lab.directory, check=False,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
         assert "Traceback" not in done.stderr
         return Done(done.returncode, done.stdout, done.stderr)
 
@@ -7123,7 +7120,8 @@ class TestUacmeOptions:
         ("-a https://ca/dir", {"server": "https://ca/dir"}), ("--staging", {"server": "letsencrypt-staging"}),
         ("-e k:abc", {"eab_kid": "k", "eab_hmac": "abc", "eab_alg": "HS256"}),
         ("--eab=k:abc:512", {"eab_kid": "k", "eab_hmac": "abc", "eab_alg": "HS512"}),
-        ("-d 7", {"renew": "7d"}), ("-kyp short -l 2", {"rotate": "yes", "agree": "yes", "profile": "short", "chain": "2"}),
+        ("-d 7", {"renew": "7d"}), ("-kl 2", {"rotate": "yes", "chain": "2"}),
+        ("-yp short", {"agree": "yes", "profile": "short"}),
         ("--must-staple --no-ocsp -i", {"must_staple": "yes"}), ("-f -n -v -r 3 -b 3072 -t rsa -c /x", {}),
     ])
     def test_options_become_settings(self, monkeypatch: pytest.MonkeyPatch, words: str, texts: dict[str, str]) -> None:
@@ -7138,7 +7136,7 @@ class TestUacmeOptions:
         with pytest.raises(wucme.SettingsError):
             wucme.read_call(["issue", *words.split(), "a.b"])
 
-    @pytest.mark.parametrize(("given", "kind"), [({}, "rsa-2048"), ({"t": "EC"}, "ecdsa-p256"), ({"b": "8192"}, "rsa-8192"),
-                                                 ({"t": "ec", "b": "384"}, "ecdsa-p384")])
+    @pytest.mark.parametrize(("given", "kind"), [({}, "rsa-2048"), ({"t": "EC"}, "ecdsa-p256"),
+                                                 ({"b": "8192"}, "rsa-8192"), ({"t": "ec", "b": "384"}, "ecdsa-p384")])
     def test_kinds_of_keys(self, given: dict[str, str], kind: str) -> None:
         assert wucme.key_asked(given) == kind

@@ -92,7 +92,8 @@ def uacme_trusting(directory: Path, ca_file: Path) -> tuple[str, dict[str, str]]
         raise Missing("uacme here has no libcurl that looks into /etc/ssl/certs")
     for name in ("certs", "lib"):
         (directory / name).mkdir()
-    (directory / "lib" / library.name).write_bytes(library.read_bytes().replace(before, after.ljust(len(before), b"\0")))
+    changed = library.read_bytes().replace(before, after.ljust(len(before), b"\0"))
+    (directory / "lib" / library.name).write_bytes(changed)
     shutil.copy(ca_file, directory / "certs")
     return binary, {"LD_LIBRARY_PATH": str(directory / "lib")}
 
