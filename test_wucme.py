@@ -6754,7 +6754,7 @@ def twins(pebble24: testbed.Pebble, tmp_path: Path) -> Twins:
     home = tmp_path / "theirs"
     home.mkdir()
     binary, environment = testbed.uacme_trusting(home, pebble24.ca_file)
-    theirs = Twin([binary, *(word.replace("/ours/", "/theirs/") for word in ours.command[4:])], home,
+    theirs = Twin([binary, *(word.replace("/ours/", "/theirs/") for word in ours.command[5:])], home,
                   {**ours.environment, "HOME": str(home), **environment})
     for twin in (theirs, ours):
         recorder(twin.home, HTTP_ONLY)
@@ -6765,7 +6765,8 @@ BAD_CALLS = ["", "-V", "-?", "--help", "--version", "what", "-x issue a.b", "iss
              "newkey now", "revoke", "revoke a b c", "revoke nowhere.pem", "-b 100 -y new", "-b 2049 -y new",
              "-t EC -b 521 -y new", "-t DSA new", "-d 0 issue a.b", "-d x issue a.b", "-r -1 revoke a", "-r x revoke a",
              "-s new", "-e nocolon -y new", "-h nowhere issue a.b", "-l 0 issue a.b", "-l A issue a.b",
-             "-l AA issue a.b", "issue a.b", "update", "-n new", "issue a..b", "issue *", "issue a/../b.c", "issue a.*.b"]
+             "-l AA issue a.b", "issue a.b", "update", "-n new", "issue a..b",
+             "issue *", "issue a/../b.c", "issue a.*.b"]
 
 
 @pytest.mark.process
