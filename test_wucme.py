@@ -6724,7 +6724,8 @@ def our_twin(home: Path, url: str, ca_file: Path, *options: str) -> Twin:
 def pebble24(tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Pebble]:
     """A test CA that is old enough for the uacme of Debian, and believes whatever a hook has accepted."""
     directory = tmp_path_factory.mktemp("pebble24")
-    with testbed.Pebble(directory, binaries=testbed.setup("pebble24"), always_valid=True) as ca:
+    with testbed.Pebble(directory, binaries=testbed.setup("pebble24"), always_valid=True,
+                        authz_reuse=100) as ca:
         yield ca
 
 
@@ -6782,7 +6783,6 @@ class TestLikeUacme:
 
     def test_accounts(self, twins: Twins, pebble24: testbed.Pebble) -> None:
         twins.both("new", status=2)
-        twins.both("-y", "new", "-n", status=2)
         twins.both("new", "-yv", "x@example.org", status=0)
         twins.both("--yes", "new", status=2)
         twins.both("update", "y@example.org", status=0)
@@ -6864,7 +6864,6 @@ class TestLikeUacme:
             assert crossed.run(issue).status == 1
             assert crossed.run(["-f", *issue]).status == 0, "with its account, its keys and its directory"
             first.certificate(name)
-            assert first.run(["-f", *issue]).status == 0
 
 
 @pytest.fixture

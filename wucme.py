@@ -5333,7 +5333,7 @@ class Call(NamedTuple):
     @property
     def by_request(self) -> bool:
         """Whether a certificate is asked for by a signing request in a file."""
-        return self.verb in ("issue", "check") and len(self.words) == 1 and os.path.isfile(self.words[0])
+        return self.verb in ("issue", "check") and os.path.isfile(self.words[0])
 
 
 def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
@@ -5519,6 +5519,8 @@ def uacme_revoke(call: Call) -> int:
 def uacme_entry(call: Call) -> Entry:
     """The certificate that a call is about, in uacme's places; its key and directories are made if they may be."""
     word, wanted = call.words[0], call.settings.default
+    if call.by_request and call.words[1:]:
+        raise SettingsError(f"--uacme: {word} is a file: a signing request has its names in it, and takes no more")
     if call.by_request:
         wanted = wanted._replace(csr=os.path.abspath(word), names=request_facts(read(word))[1])
         chain, key = f"{os.path.splitext(wanted.csr)[0]}-cert.pem", wanted.csr
@@ -5661,12 +5663,13 @@ def in_flat(call: Call) -> int:
     now = world.now()
     with locked(settings.run, world):
         request = Request("issue", (label,), "f" in call.given)
-        told = ask_windows(examine(take_stock(settings), request, now), settings, clients, now)
-        found = choose(take_stock(settings), [label])[0]
+        inventory = take_stock(settings)
+        told = ask_windows(examine(inventory, request, now), settings, clients, now)
+        found = choose(inventory, [label])[0]
         decision = decide(told.get(found.name, found), now, True, request.force)
         if call.verb == "check":
             return 0 if decision.due else 1
-        clean_up(settings, world)
+        clean_up(inventory, settings, world)
         (_, outcome), = tend([decision], settings, clients, now)
     return {"renewed": 0, "current": 1}.get(outcome.state, 2)
 
