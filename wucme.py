@@ -3570,11 +3570,12 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
 
 def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
     """The chain that is preferred, of all that the CA offers; its first where none is."""
-    if not preferred or (not preferred.isdigit() and chain_matches(first.body, preferred)):
+    number = int(preferred) if re.fullmatch("[0-9]{1,3}", preferred) else 0
+    if not preferred or (not number and chain_matches(first.body, preferred)):
         return first.body
-    for number, url in enumerate(alternates(first), 1):
+    for url in alternates(first)[number - 1:number] if number else alternates(first):
         body = client.post(client.own_url(url, "alternate chain"), None).body
-        if preferred == str(number) or chain_matches(body, preferred):
+        if number or chain_matches(body, preferred):
             return body
     log(f"chain = {preferred}: the CA offers no such chain; its default is taken")
     return first.body
@@ -5423,7 +5424,9 @@ def uacme_directory(path: str, mode: int, make: bool) -> None:
 
 def uacme_key(path: str, kind: str, make: bool) -> PrivateKey:
     """The key in a file of uacme's, made if it may be."""
-    if make and not os.path.exists(path):
+    if not make and not os.path.exists(path):
+        raise FileError(f"{path}: no such file (only `new` makes the first one, and nothing does with -n)")
+    if not os.path.exists(path):
         log(f"making a key, {path}")
         create(path, key_pem(new_key(kind)), Owner(0o400, -1, -1))
         sync_directory(path)
