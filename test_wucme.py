@@ -6726,7 +6726,7 @@ def pebble24(tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Pebbl
     """A test CA that is old enough for the uacme of Debian, and believes whatever a hook has accepted."""
     directory = tmp_path_factory.mktemp("pebble24")
     with testbed.Pebble(directory, binaries=testbed.setup("pebble24"), always_valid=True,
-                        authz_reuse=100) as ca:
+                        authz_reuse=100, nonce_reject=0) as ca:
         yield ca
 
 
