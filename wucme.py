@@ -13,6 +13,8 @@ SYNOPSIS
   wucme.py load [NAME...]             run the load list now for the certificates as they are
   wucme.py status [--json]            what is there, what is due, what is owed
   wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
+  wucme.py timer [systemd|cron] [--install]
+                                      what has it run every hour, in place of what does so now
   wucme.py account new|show|update|newkey|deactivate
                                       the account at the (first) CA; --server names another
   wucme.py thumbprint                 print the account key's thumbprint, and what makes web servers
@@ -38,6 +40,7 @@ OPTIONS
   --staging      use Let's Encrypt's staging CA and DIRECTORY/staging; nothing is loaded
   --quiet        print errors only      --verbose  print each request too
   --json         with status: for machines
+  --install      with timer: put it in place
   --version      the version, and the SHA-256 of this file
   --help         this text
   and every setting below, with "-" for "_": --listen :8080; --load may be repeated.
@@ -700,8 +703,8 @@ class Job(NamedTuple):
 
 
 def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
-         world: World) -> None:
-    """What a worker does: one job after the other, each ending in a value."""
+         world: World, until: float) -> None:
+    """What a worker does: one job after the other, each ending in a value; none is begun after `until`."""
     import queue
     while True:
         try:
@@ -710,13 +713,18 @@ def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started:
             return
         started[job.name] = world.monotonic()
         try:
+            if started[job.name] >= until:
+                raise NetworkError("not begun, for this run has taken too long already; the next one does it")
             results.put((job, job.act()))
         except BaseException as error:
             results.put((job, error))
 
 
-def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str, Any]]:
-    """The jobs as they end, so many at once, each with its result or error; none is waited for without end."""
+def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("inf")) -> Iterator[tuple[str, Any]]:
+    """The jobs as they end, so many at once, each with its result or error; none is waited for without end.
+
+    Those that could not be begun before `until`, on the monotonic clock, end with an error.
+    """
     import queue
     import threading
     waiting: queue.Queue[Job] = queue.Queue()
@@ -725,7 +733,7 @@ def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str,
     for job in jobs:
         waiting.put(job)
     for _ in range(min(width, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started, world), daemon=True).start()
+        threading.Thread(target=work, args=(waiting, results, started, world, until), daemon=True).start()
     left = {job.name: job for job in jobs}
     while left:
         try:
@@ -779,7 +787,10 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise FileError(f"{path}: {error.strerror}") from error
+        uid, us = owner(path, 0).uid, os.geteuid()
+        whose = f": it belongs to user {uid}, and this runs as user {us}" if error.errno == errno.EACCES and uid != us \
+            else ""
+        raise FileError(f"{path}: {error.strerror}{whose}") from error
 
 
 def signature(path: str) -> str:
@@ -910,12 +921,33 @@ def secure_streams() -> None:
         setattr(sys, name, stream)
 
 
-def anyone_may_write(path: str) -> bool:
-    """Whether every user of the machine may change this file."""
-    try:
-        return bool(os.stat(path).st_mode & stat.S_IWOTH)
-    except OSError:
-        return False
+def lineage(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
+    """What decides what is found at a path: itself, whether a link or not, and (False) the directories on the way."""
+    for own in (os.path.abspath(path), os.path.realpath(path)):
+        at, below = own, ""
+        while at != below:
+            with contextlib.suppress(OSError):
+                yield at, os.lstat(at), at == own
+            at, below = os.path.dirname(at), at
+
+
+def anyone_may_write(path: str) -> str:
+    """Why root must not trust what is at a path: every user may change it, or put another in its place; "" if not."""
+    for at, about, own in lineage(path) if os.geteuid() == 0 else ():
+        barred = stat.S_ISLNK(about.st_mode) or (about.st_mode & stat.S_ISVTX and not own)     # sticky, as /tmp is
+        if about.st_mode & stat.S_IWOTH and not barred:
+            return f"{path}: anyone may write {'it' if at == path else at}, and root trusts it; chmod o-w {at}"
+    return ""
+
+
+def others_may_write(path: str) -> str:
+    """Which user or group may change what decides what is found at a path, in words; "" if only root and we may."""
+    for at, about, own in lineage(path):
+        if about.st_uid not in (0, os.geteuid()):
+            return f"{at} (it belongs to user {about.st_uid})"
+        if own and about.st_mode & stat.S_IWGRP and not stat.S_ISLNK(about.st_mode):
+            return f"{at} (group {about.st_gid} may write it)"
+    return ""
 
 
 def open_append(path: str) -> int:
@@ -1517,7 +1549,7 @@ class RunScope(NamedTuple):
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end")
     timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
-                              "on with its order")
+                              "on with its order. A run that has taken 30 times as long leaves the rest to the next")
     alert: tuple[str, ...] = setting(
         some_lines, "", "@ and $ items, one a line, that get the report to read when the set of problems changes, and "
         "daily for a certificate that is late in the last quarter of its life", "ITEM")
@@ -1727,8 +1759,8 @@ def read_source(path: str) -> Source:
     """The text of an ini, "" for none; SettingsError if it cannot be read or anyone may write it."""
     if not path:
         return NOWHERE
-    if os.geteuid() == 0 and anyone_may_write(path):
-        raise SettingsError(f"{path}: anyone may write this file, and it says what root runs; chmod o-w {path}")
+    if fault := anyone_may_write(path):
+        raise SettingsError(fault)
     try:
         return Source(path, read(path).decode("utf-8-sig"))
     except FileError as error:
@@ -1898,7 +1930,7 @@ def settings_help() -> str:
 # Looks, and changes nothing. What a certificate said is remembered with size, time and inode of its
 # files, so that a run with nothing to do parses none.
 
-CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I)
+CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I | re.S)
 OWN_FILE = re.compile(r"wucme\.(log|lock)|wucme_[sl]_.*\.json|.*_tmp", re.I | re.S)
 
 
@@ -2785,8 +2817,8 @@ def by_hook(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     """Have a program of the user's answer; whatever was begun is ended too."""
     hook = cast(Hook, task.wanted.hook)
     dialect = DIALECTS[hook.family]
-    if os.geteuid() == 0 and anyone_may_write(hook.begin[0]):
-        raise ChallengeError(f"{hook.begin[0]}: anyone may write this file, and root would run it; chmod o-w it")
+    if fault := anyone_may_write(hook.begin[0]):
+        raise ChallengeError(fault)
     begun, records, verdict = [], [], "failed"
     try:
         for rest, one in zip(range(len(proofs) - 1, -1, -1), proofs):
@@ -3921,8 +3953,8 @@ def standard_load(duty: Duty, _: RunScope, world: World) -> str:
 def run_item(item: Item, environment: Mapping[str, str], timeout: float, world: World, *, title: str,
              given: str = "") -> str:
     """Run a procedure or command with something to read; the problem, or ""."""
-    if os.geteuid() == 0 and item.text[0] == "@" and anyone_may_write(item.argv[0]):
-        return f"{item.argv[0]}: anyone may write this file, and root would run it; chmod o-w {item.argv[0]}"
+    if item.text[0] == "@" and (fault := anyone_may_write(item.argv[0])):
+        return fault
     finished = world.command(item.argv, environment, timeout, given=given)
     for line in finished.output:
         log(f"{title}: {item.text[:40]}: {line}")
@@ -4182,6 +4214,8 @@ def metrics_text(about: Json) -> str:
 # === 13. run: the one place that knows the order =================================================
 
 LOCK = "wucme.lock"
+DEADLINES = 30                  # the time in which a run may begin to obtain certificates, in deadlines of one
+TRUST = "trust"                 # the alarm, of no item, that others may change what root trusts
 ALARM_SECONDS = 23 * 3600.0     # a day, less what cron may be early
 
 
@@ -4196,6 +4230,7 @@ class Request(NamedTuple):
     ini: str = ""                       # the ini that was named
     staging: bool = False
     reason: str = "unspecified"         # of a revocation
+    install: bool = False
 
 
 Tended = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
@@ -4481,6 +4516,7 @@ class Clients:
     def __init__(self, settings: Settings, world: World) -> None:
         import threading
         self.settings, self.world = settings, world
+        self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
         self.reached: dict[str, Client | Exception] = {}
         self.entered: dict[str, Opened | Exception] = {}
         self.guard = threading.RLock()
@@ -4572,10 +4608,10 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     return found
 
 
-def own_share(run: RunScope, entry: Entry) -> float:
+def own_share(run: RunScope, name: str) -> float:
     """A number from 0 to 1 that is this host's and certificate's own."""
     import hashlib
-    return int(hashlib.sha256(os.fsencode(f"{run.host} {entry.name}")).hexdigest()[:8], 16) / 0xffffffff
+    return int(hashlib.sha256(os.fsencode(f"{run.host} {name}")).hexdigest()[:8], 16) / 0xffffffff
 
 
 def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
@@ -4587,7 +4623,7 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
     memory = written._replace(problem=problem)
     if isinstance(error, AcmeError):
         failures = memory.failures + 1
-        memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry), now),
+        memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry.name), now),
                                  held_until=now + error.retry_after if error.retry_after else 0.0)
     with contextlib.suppress(OSError):      # the disk may be what failed
         over = isinstance(error, (AcmeError, PemError))
@@ -4648,7 +4684,7 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
         for job in jobs:        # accounts first: the user may be asked about terms; what fails here fails the jobs
             with contextlib.suppress(Exception):
                 clients.enter(preference(entries[job.name], settings)[0])
-        for name, result in gather(jobs, run.workers, clients.world):
+        for name, result in gather(jobs, run.workers, clients.world, clients.until):
             yield conclude(entries[name], result, run, now, clients.world)
     finally:
         for listener in listeners:
@@ -4691,7 +4727,7 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
              and not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1]}
     jobs = [Job(name, functools.partial(question, entry), patience(entry, settings.run))
             for name, entry in found.items()]
-    for name, result in gather(jobs, settings.run.workers, clients.world):
+    for name, result in gather(jobs, settings.run.workers, clients.world, clients.until):
         found[name] = advised(found[name], result, settings.run, now)
     return found
 
@@ -4776,7 +4812,7 @@ def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: 
     late = overdue(found.about["certificates"], now)
     wrong = (*troubles(found.about["certificates"], now), *late)
     environment, text = alert_text(run, wrong, found.lines)
-    ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in run.alert}
+    ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in (TRUST, *run.alert)}
     for item in run.alert:
         last = ledger.alarms.get(item, Alarm())
         if wrong == last.problems and not (late and now - last.at > ALARM_SECONDS):
@@ -4865,6 +4901,21 @@ def clean_up(settings: Settings, world: World) -> None:
                 log(line)
 
 
+def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Iterable[Entry],
+                   ledger: Ledger) -> Iterator[Outcome]:
+    """One warning, news once, if root trusts what a group or another user may change."""
+    scopes = [settings.default, *(section.values for section in settings.sections.values())]
+    paths = [__file__, settings.source.path or __file__, settings.run.directory, *(entry.key for entry in entries),
+             *(scope.hook.begin[0] for scope in scopes if scope.hook),
+             *(item.argv[0] for item in items.values() if item.text[0] == "@")]
+    found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
+    told = ledger.alarms.pop(TRUST, Alarm()).problems
+    if found:
+        ledger.alarms[TRUST] = Alarm(found)
+        log(f"others than root may change what root trusts: {', '.join(found)}", wrong=True)
+        yield Outcome("", "warned", "", found != told)
+
+
 def open_ledger(run: RunScope) -> Ledger:
     """This host's ledger."""
     ledger = Ledger(run.directory, run.host)
@@ -4878,8 +4929,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
     """The whole job, once: look, ask, decide, obtain, store, load, report."""
     items = load_items(settings)
     run = settings.run
-    clients = Clients(settings, world)
-    with locked(run, world, request.verb == "run") as runs, contextlib.closing(clients):
+    with locked(run, world, request.verb == "run") as runs, contextlib.closing(Clients(settings, world)) as clients:
         now = world.now()
         log("certificate management")
         inventory = take_stock(settings)
@@ -4897,8 +4947,9 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
             log(warning, wrong=True)
         ledger = open_ledger(run)
         ledger.forget(entries)
-        loads = pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
-        loads += [Outcome("", "warned", warning, True) for warning in warnings]
+        loads = [Outcome("", "warned", warning, True) for warning in warnings]
+        loads += others_trusted(settings, items, entries.values(), ledger)
+        loads += pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
         loads += alarm(settings, items, ledger, world)
         report = Report(inventory.files, outcomes, loads)
         log(report.tally())
@@ -5112,10 +5163,147 @@ def account_verb(settings: Settings, request: Request, world: World) -> Report:
     return Report(0, [], [])
 
 
+UNITS, BOOTED = "/etc/systemd/system", "/run/systemd/system"
+CRON_FILE = "/etc/cron.d/wucme"
+CRONTAB = """\
+{ crontab -l 2>/dev/null | grep -vF -e "$WUCME_SCRIPT"; printf '%s\\n' "$WUCME_LINE"; } | crontab -"""
+TIMER = """\
+[Unit]
+Description=wucme, every hour
+
+[Timer]
+OnCalendar=hourly
+RandomizedDelaySec=1h
+FixedRandomDelay=true
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+SERVICE = """\
+[Unit]
+Description=wucme: renews certificates, and loads them into their servers
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=oneshot
+ExecStart={}
+TimeoutStartSec={:.0f}
+PrivateTmp=true
+ProtectKernelTunables=true
+ProtectKernelModules=true
+ProtectKernelLogs=true
+ProtectControlGroups=true
+{}"""
+# What its user wants run must be able to do what it does under cron, and may leave a server behind.
+LOOSE = """\
+MemoryMax=1G
+UMask=0022
+KillMode=process
+"""
+STRICT = """\
+MemoryMax=256M
+UMask=0077
+ProtectSystem=strict
+ReadWritePaths={}
+NoNewPrivileges=true
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_CHOWN CAP_FOWNER CAP_DAC_OVERRIDE
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=true
+LockPersonality=true
+"""
+
+
+class Schedule(NamedTuple):
+    """A way to have wucme run every hour: what is written where, what is run then, and what undoes it."""
+    files: dict[str, str]
+    then: tuple[tuple[str, ...], ...]
+    undo: str
+    line: str = ""                  # for the user's own crontab
+
+
+def unit_word(text: str) -> str:
+    """A word as units have it (systemd.syntax, and systemd.unit for its specifiers)."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return text if re.fullmatch("[-A-Za-z0-9/._%=]+", text) else f'"{text}"'
+
+
+def service(settings: Settings, items: Mapping[str, Item], argv: Sequence[str]) -> str:
+    """The unit of a run: it may do as little as the settings allow."""
+    run = settings.run
+    scopes = [settings.default, *(section.values for section in settings.sections.values())]
+    if any(text[0] in "+@$" for text in items) or any(scope.hook or scope.nsupdate for scope in scopes):
+        confined = LOOSE
+    else:
+        files = [run.log, run.metrics, *(item.argv[0].partition("{name}")[0] for item in items.values()
+                                         if item.text[0] == ">")]
+        paths = [run.directory, *(os.path.dirname(path) for path in files if path),
+                 *(path for scope in scopes for path in scope.webroot)]
+        confined = STRICT.format(" ".join(unit_word(f"-{path}") for path in dict.fromkeys(paths)))
+    limit = run.lock_wait + 2 * DEADLINES * run.deadline + len(items) * settings.default.load_timeout
+    return SERVICE.format(" ".join(unit_word(word).replace("$", "$$") for word in argv), limit, confined)
+
+
+def schedule(settings: Settings, form: str) -> Schedule:
+    """What makes wucme run every hour, by systemd or by cron."""
+    import shlex
+    script, root = os.path.abspath(__file__), os.geteuid() == 0
+    argv = [sys.executable, script, *(["--ini", settings.source.path] if settings.source.path else [])]
+    units = {kind: os.path.join(UNITS, f"wucme.{kind}") for kind in ("service", "timer")}
+    if form == "systemd":
+        if not root:
+            raise SettingsError("timer: only root can install a unit of systemd; timer cron takes your own crontab")
+        return Schedule({units["service"]: service(settings, load_items(settings), argv), units["timer"]: TIMER},
+                        (("systemctl", "daemon-reload"), ("systemctl", "enable", "--now", "wucme.timer")),
+                        f"systemctl disable --now wucme.timer; rm {' '.join(units.values())}; systemctl daemon-reload")
+    when = f"{1 + int(58 * own_share(settings.run, 'timer'))} * * * *"      # not at :00, when everybody comes
+    line = shlex.join(argv).replace("%", r"\%")
+    then = (("systemctl", "disable", "--now", "wucme.timer"),) if os.path.exists(units["timer"]) else ()
+    if root and os.path.isdir(os.path.dirname(CRON_FILE)):
+        return Schedule({CRON_FILE: f"{when} root {line}\n"}, then, f"rm {CRON_FILE}")
+    return Schedule({}, (*then, ("env", f"WUCME_SCRIPT={script}", f"WUCME_LINE={when} {line}", "sh", "-c", CRONTAB)),
+                    f"crontab -e, and take out the line with {script}", f"{when} {line}")
+
+
+def other_tables(script: str, world: World) -> Iterator[str]:
+    """The tables of cron that run this script and are not ours to replace."""
+    folder = os.path.dirname(CRON_FILE)
+    paths = [os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
+    tables = {path: read(path).decode("utf-8", "replace").splitlines() for path in ("/etc/crontab", *paths)
+              if os.path.isfile(path) and path != CRON_FILE}
+    if os.geteuid() == 0 and os.path.isdir(folder):
+        tables["root's crontab"] = world.command(("crontab", "-l"), child_environment(), 60.0).output
+    return (name for name, lines in tables.items() if any(script in line.partition("#")[0] for line in lines))
+
+
+def timer(settings: Settings, request: Request, world: World) -> list[str]:
+    """Show what makes wucme run every hour, or put it there in place of what was there; lines that say so."""
+    if request.options or len(request.names) > 1 or not set(request.names) <= {"systemd", "cron"}:
+        raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
+    form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
+    plan = schedule(settings, form)
+    if not request.install:
+        shown = [f"# {path}\n{text}" for path, text in plan.files.items()] or [f"# your crontab\n{plan.line}\n"]
+        return [*shown, "# to put that in place: timer --install"]
+    for table in other_tables(os.path.abspath(__file__), world):
+        raise FileError(f"{table} has wucme run already; take that out, then try again")
+    make_directory(settings.run.directory)
+    for path, text in plan.files.items():
+        replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
+    if form == "systemd":
+        remove(CRON_FILE)
+    for argv in plan.then:
+        finished = world.command(argv, child_environment(), 60.0)
+        if finished.problem:
+            raise FileError(f"{' '.join(argv)}: {with_last_line(finished)}")
+    return [f"wucme runs every hour by {form}: {' '.join(plan.files) or 'your crontab'}", f"to undo that: {plan.undo}"]
+
+
 # === 16. command line: what was asked for, and how it ends =====================================
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "revoke": revoke,
-         "account": account_verb, "thumbprint": show_thumbprint}
+         "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
 
 
 def version() -> str:
@@ -5145,7 +5333,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
     parser.add_argument("--reason", default="unspecified")
     parser.add_argument("--csr", dest="set_csr")
-    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "version", "help"):
+    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "install", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
@@ -5185,6 +5373,9 @@ def open_log(run: RunScope) -> None:
 
 def act(settings: Settings, request: Request, world: World) -> int:
     """Do what the verb says; the exit status."""
+    if request.verb == "timer":
+        print("\n".join(timer(settings, request._replace(install=request.install and not request.dry_run), world)))
+        return 0
     if request.dry_run:
         if request.verb == "issue":
             settings, label = declare(settings, request.names, request.options)
@@ -5221,19 +5412,22 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
     if arguments["force"] and verb not in ("issue", "renew"):
         raise SettingsError(f"--force goes with issue and renew, not with {verb}")
+    if arguments["install"] and verb != "timer":
+        raise SettingsError(f"--install goes with timer, not with {verb}")
     options = option_texts(arguments)
     if "csr" in options and verb != "issue":
         raise SettingsError(f"--csr goes with issue, not with {verb}")
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
-    if os.geteuid() == 0 and anyone_may_write(os.path.abspath(__file__)):
-        raise SettingsError(f"{__file__}: anyone may write this file, and root runs it; chmod o-w {__file__}")
     common = {key: text for key, text in options.items()
               if verb != "issue" or key not in CertificateScope._field_defaults}
     settings = read_settings(read_source("" if fresh else find_ini(named)), common)
+    for path in (os.path.abspath(__file__), settings.run.directory):
+        if fault := anyone_may_write(path):
+            raise SettingsError(fault)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"]))
+                    arguments["staging"], arguments["reason"], arguments["install"]))
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
