@@ -23,10 +23,10 @@ SYNOPSIS
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
   at every file of the directory, decides with a reason what is due, opens the challenge listener,
-  obtains the certificates side by side from the CA (ACME, RFC 8555), checks
-  each one, backs up the old one and renames the new one into place, runs the load list, and
-  reports. A certificate that fails never stops another. With nothing due and nothing owed it
-  sends nothing, prints nothing (unless at a terminal), and exits 0.
+  obtains the certificates side by side from the CA (ACME, RFC 8555), checks each one, backs up the
+  old one and renames the new one into place, runs the load list, and reports. A certificate that
+  fails never stops another. With nothing due and nothing owed it sends nothing, prints nothing
+  (unless at a terminal), and exits 0.
 
   Certificates are found, not listed: every wucme_c_NAME.pem in the directory is renewed with its
   key wucme_k_NAME.pem. A section [NAME] in the ini declares one that does not exist yet, or
@@ -994,7 +994,12 @@ def make_directory(path: str) -> None:
         return
     if os.path.dirname(path):
         make_directory(os.path.dirname(path))
-    os.mkdir(path)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):     # else another worker made it meanwhile
+            raise
+        return
     os.chmod(path, 0o755)
     sync_directory(path)
 
@@ -3185,7 +3190,7 @@ class Client:
 
     def nonce(self) -> str:
         """A fresh nonce (section 7.2)."""
-        for _ in range(FAULT_TRIES * 2):        # another worker may take the one that was asked for
+        for _ in range(NONCE_TRIES):        # another worker may take the one that was asked for
             try:
                 return self.nonces.pop()
             except IndexError:
