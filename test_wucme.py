@@ -24,6 +24,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import smtplib
 import socket
@@ -1032,11 +1033,42 @@ class TestFiles:
         assert mode(tmp_path / "key_1") == 0o600
 
     @pytest.mark.parametrize(("bits", "anyone"), [(0o644, False), (0o664, False), (0o646, True), (0o602, True)])
-    def test_anyone_may_write(self, tmp_path: Path, bits: int, anyone: bool) -> None:
+    @pytest.mark.parametrize("user", [0, 1000])
+    def test_what_anyone_may_write_is_not_for_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int,
+                                                   anyone: bool, user: int) -> None:
         (tmp_path / "file").touch()
         (tmp_path / "file").chmod(bits)
-        assert wucme.anyone_may_write(str(tmp_path / "file")) is anyone
-        assert wucme.anyone_may_write(str(tmp_path / "none")) is False
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        path = str(tmp_path / "file")
+        fault = f"{path}: anyone may write it, and root trusts it; chmod o-w {path}"
+        assert wucme.anyone_may_write(path) == (fault if anyone and user == 0 else "")
+        assert not wucme.anyone_may_write(str(tmp_path / "none"))
+
+    @pytest.mark.parametrize(("bits", "fine"), [(0o755, True), (0o777, False), (0o1777, True)])
+    def test_directories_on_the_way_count_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int,
+                                              fine: bool) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        (tmp_path / "open" / "below").mkdir(parents=True)
+        (tmp_path / "open").chmod(bits)
+        (tmp_path / "link").symlink_to("open")
+        for way in (tmp_path / "open", tmp_path / "link"):
+            assert bool(wucme.anyone_may_write(str(way / "below" / "file"))) is not fine
+        assert bool(wucme.anyone_may_write(str(tmp_path / "open"))) is (bits != 0o755), "sticky or not"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    @pytest.mark.parametrize(("which", "bits", "user", "said"), [
+        ("file", 0o644, 0, ""), ("file", 0o664, 0, " (group 0 may write it)"),
+        ("file", 0o644, 12345, " (it belongs to user 12345)"), ("", 0o755, 12345, " (it belongs to user 12345)"),
+        ("", 0o775, 0, "")])
+    def test_who_else_may_write(self, tmp_path: Path, which: str, bits: int, user: int, said: str) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / which).chmod(bits)
+        os.chown(tmp_path / which, user, 0)
+        (tmp_path.parent / "link").unlink(missing_ok=True)
+        (tmp_path.parent / "link").symlink_to(tmp_path)
+        for way in (tmp_path, tmp_path.parent / "link"):
+            found = wucme.others_may_write(str(way / "file"))
+            assert found in ([f"{one / which}{said}" for one in (way, tmp_path)] if said else [""])
 
     def test_directories_can_be_passed_whatever_the_umask(self, tmp_path: Path) -> None:
         before = os.umask(0o077)
@@ -1638,7 +1670,7 @@ class TestIniFile:
         if fine:
             assert wucme.read_source(str(path)).text == "[wucme]\n"
         else:
-            with pytest.raises(wucme.SettingsError, match="anyone may write this file"):
+            with pytest.raises(wucme.SettingsError, match="anyone may write it"):
                 wucme.read_source(str(path))
 
     def test_byte_order_mark_and_crlf_are_accepted(self, tmp_path: Path) -> None:
@@ -6399,6 +6431,285 @@ class TestHarmLimits:
         assert set((tmp_path / "loads").read_text().split()) == {*names}, "the one that failed is loaded as it is"
 
 
+NOBODY = 65534
+
+
+def as_nobody(*command: str, rights: Sequence[str] = ()) -> list[str]:
+    """A command as an ordinary user runs it, with these rights more."""
+    more = [f"--{kind}-caps=+{right}" for right in rights for kind in ("inh", "ambient")]
+    user = [testbed.program("setpriv"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    return [*user, *more, *command]
+
+
+def need(command: Sequence[str]) -> None:
+    """Skip a test if this machine forbids what it needs, as containers may."""
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"not allowed here: {shlex.join(command)}")
+
+
+# Runs a script, and writes down what it does on the disk as `strace -y -s 0` would.
+RECORDER = """
+import os, runpy, sys
+write, trace = os.write, os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+def recorded(name, real):
+    def call(*given, **more):
+        result = real(*given, **more)
+        told = [f"{one}<{os.readlink(f'/proc/self/fd/{one}')}>" if type(one) is int else f'"{one}"' for one in given
+                if type(one) is not bytes]
+        write(trace, f"1 {name}({', '.join(told)})\\n".encode())
+        return result
+    return call
+for name in ("fsync", "replace", "write", "pwrite"):
+    setattr(os, name, recorded({"replace": "rename"}.get(name, name), getattr(os, name)))
+sys.argv[:] = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that an ordinary user can reach and write in."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, NOBODY, NOBODY)
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+# Runs a command with a CA of its own, which asks at port 80; what is in "root" is served there.
+WITH_CA = """
+import functools, http.server, subprocess, sys, threading
+from pathlib import Path
+import fakeca
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+if (root := Path(sys.argv[1], "root")).is_dir():
+    server = http.server.HTTPServer(("127.0.0.1", 80), functools.partial(Files, directory=str(root)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+with fakeca.FakeCA(Path(sys.argv[1]), 80) as fake:
+    sys.exit(subprocess.call([*sys.argv[2:], "--server", fake.url, "--ca-file", str(fake.ca_file)]))
+"""
+REDIRECT = """table inet wucme {
+  chain wucme {
+    type nat hook output priority -100
+    tcp dport 80 redirect to :8402
+  }
+}
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+class TestWithoutRoot:
+    """What README says may be granted, each in a network of its own."""
+
+    @pytest.mark.parametrize(("way", "options", "status"), [
+        ("nothing", [], 1), ("ambient", [], 0), ("setcap", [], 0), ("sysctl", [], 0),
+        ("redirect", ["--listen", "127.0.0.1:8402"], 0), ("webroot", ["--webroot", "root"], 0)])
+    def test_what_can_be_granted(self, open_place: Path, way: str, options: list[str], status: int) -> None:
+        need(as_nobody(sys.executable, "-c", ""))
+        need([testbed.program("unshare"), "-n", "true"])
+        python, prepare = sys.executable, "true"
+        if way == "setcap":
+            python = str(shutil.copy(os.path.realpath(sys.executable), open_place / "python"))
+            need([testbed.program("setcap"), "cap_net_bind_service=+ep", python])
+        elif way == "sysctl":
+            prepare = "echo 80 > /proc/sys/net/ipv4/ip_unprivileged_port_start"
+        elif way == "redirect":
+            (open_place / "rules").write_text(REDIRECT)
+            prepare = f"{testbed.program('nft')} -f rules"
+            need(["unshare", "-n", "sh", "-c", f"cd {open_place}; {prepare}"])
+        elif way == "webroot":
+            (open_place / "root").mkdir()
+            os.chown(open_place / "root", NOBODY, NOBODY)
+        run = as_nobody(python, str(shutil.copy(SCRIPT, open_place)), "issue", "a.example.test", "--agree", "--directory",
+                        "certificates", *options, rights=["net_bind_service"] if way == "ambient" else [])
+        with_ca = shlex.join([sys.executable, "-c", WITH_CA, str(open_place), *run])
+        paths = [str(SCRIPT.parent / ".ci"), *(path for path in sys.path if path.endswith("-packages"))]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(open_place), "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(["unshare", "-n", "sh", "-c", f"ip link set lo up && {prepare} && {with_ca}"],
+                              cwd=open_place, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, "80: not permitted" in done.stderr) == (status, way == "nothing"), done.stderr
+        chain = open_place / "certificates" / "wucme_c_a.example.test.pem"
+        assert [path.stat().st_uid for path in [chain] if path.exists()] == ([NOBODY] if status == 0 else [])
+
+
+def unit(settings: dict[str, str], text: str = "", **more: str) -> str:
+    """The service unit for an ini."""
+    body = "".join(f"{key} = {value}\n" for key, value in settings.items())
+    source = wucme.Source("/etc/wucme/wucme.ini", f"[wucme]\n{body}{textwrap.dedent(text)}")
+    found = wucme.read_settings(source, more)
+    return wucme.service(found, wucme.load_items(found), ["/bin/true", "a b", "$x", "100%"])
+
+
+# Runs a command as a unit of systemd would be: all read-only but for the paths named, and with these rights alone.
+CONFINED = """
+for at in $1; do [ ! -e "$at" ] || mount --bind "$at" "$at"; done
+for at in $(awk '{ print $2 }' /proc/self/mounts | sort -ur); do
+  case " $1 /proc /sys /dev" in
+    *" $at "*) ;;
+    *) case $at in /proc/*|/sys/*|/dev/*) ;; *) mount -o remount,bind,ro "$at" || exit 99;; esac;;
+  esac
+done
+rights=$2
+shift 2
+exec setpriv --no-new-privs --inh-caps=-all --bounding-set="-all$rights" "$@"
+"""
+
+
+@pytest.mark.process
+class TestTimer:
+    """What makes it run every hour."""
+
+    @pytest.mark.parametrize(("text", "strict"), [
+        ("", True), ("load = > /a/b.pem", True), ("load = ? a.example:443", True), ("load = +", False),
+        ("load = @/a/b", False), ("load = $ true", False), ("alert = $ true", False), ("hook = uacme:/a/b", False),
+        ("nsupdate = /a/key", False), ("[a.example]\nload = +nginx", False), ("[a.example]\nhook = lego:/a/b", False),
+        ("[a.example]\nload = > /a/b.pem", True)])
+    def test_unit_allows_what_the_settings_need(self, text: str, strict: bool) -> None:
+        found = unit({}, text)
+        assert ["ProtectSystem=strict" in found, "NoNewPrivileges=true" in found, "CapabilityBoundingSet=" in found,
+                "ReadWritePaths=" in found] == [strict] * 4
+        for setting in ("Type=oneshot", "PrivateTmp=true", "ProtectKernelModules=true", "ProtectControlGroups=true",
+                        f"UMask={'0077' if strict else '0022'}", "MemoryMax=", "TimeoutStartSec="):
+            assert setting in found
+
+    def test_directories_that_are_written_are_named(self) -> None:
+        found = unit({"directory": "/var/c%d", "log": "/var/log/a b/w.log", "metrics": "/var/m/w.prom",
+                      "webroot": "/srv/one /srv/two"}, """\
+            load =
+                > /etc/one/{name}/x.pem
+                > /etc/two/pre-{name}.pem
+            [a.example]
+            webroot = /srv/three
+            load = > /etc/three/x.pem
+            """)
+        assert re.findall("ReadWritePaths=(.*)", found) == [
+            '-/var/c%%d "-/var/log/a b" -/var/m -/etc/three -/etc/one -/etc/two -/srv/one -/srv/two -/srv/three']
+        assert 'ExecStart=/bin/true "a b" "$$x" 100%%\n' in found
+
+    def test_time_limit_is_longer_than_all_deadlines(self) -> None:
+        limit, more, longest = (int(re.findall("TimeoutStartSec=(.*)", text)[0]) for text in (
+            unit({}), unit({}, "load = $ true"), unit({"deadline": "1h", "lock_wait": "2h"})))
+        assert (limit, more, longest) == (7800, 8100, 3600 * 62)
+
+    @pytest.mark.parametrize("load", ["> /tmp/x.pem", "+nginx"])
+    def test_units_are_what_systemd_takes(self, tmp_path: Path, load: str) -> None:
+        verify = [testbed.program("systemd-analyze"), "verify", str(tmp_path / "wucme.service"),
+                  str(tmp_path / "wucme.timer")]
+        text = unit({"directory": '/a "b" $c %d\\e', "load": load})
+        (tmp_path / "wucme.timer").write_text(wucme.TIMER)
+        for spoilt in ("", "Umsk=1\n"):
+            (tmp_path / "wucme.service").write_text(text + spoilt)
+            done = subprocess.run(verify, capture_output=True, text=True, check=False)
+            assert ("Umsk" in done.stderr) if spoilt else (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can confine what root does")
+    def test_renewal_within_what_the_unit_allows(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        need([testbed.program("unshare"), "-m", "sh", "-c", "mount --bind /tmp /tmp"])
+        lab.old_pair("a.example.test")
+        os.chown(lab.key(), NOBODY, NOBODY)
+        copies, elsewhere, hidden = (tmp_path / name for name in ("copies", "elsewhere", "root"))
+        for path in (copies, elsewhere, hidden):
+            path.mkdir()
+        os.chown(copies, NOBODY, NOBODY)
+        copies.chmod(0o700)
+        lab.write(f"> {copies}/{{name}}.pem what=pair owner=nobody:nogroup", webroot=str(hidden))
+        text = lab.run("timer", "systemd").out
+        paths = re.findall("(?m)^ReadWritePaths=(.*)", text)[0].replace("-/", "/")
+        rights = re.sub("CAP_(?=[A-Z])", ",+", re.findall("(?m)^CapabilityBoundingSet=(.*)", text)[0]).replace(" ", "")
+        confined = ["unshare", "-m", "sh", "-c", CONFINED, "sh", paths, rights.lower()]
+
+        def run() -> Done:
+            done = subprocess.run([*confined, *lab.command("--rotate", "--workers", "1")], env=lab.environment, cwd="/",
+                                  capture_output=True, text=True, check=False, timeout=60)
+            return Done(done.returncode, done.stdout, done.stderr)
+
+        done = run()
+        assert done.status == 0, done.err
+        about = (copies / "a.example.test.pem").stat()
+        assert (about.st_uid, about.st_mode & 0o777) == (NOBODY, 0o600)
+        assert lab.chain().stat().st_uid == NOBODY
+        lab.write(f"> {elsewhere}/{{name}}.pem", webroot=str(hidden))
+        done = run()
+        assert (done.status, "Read-only file system" in done.err) == (1, True), "the confinement holds"
+
+    def installer(self, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+        """The script with places of its own for units and tables, and with its own crontab and systemctl."""
+        units, tables, programs = (tmp_path / name for name in ("units", "cron.d", "programs"))
+        for path in (units, tables, programs):
+            path.mkdir(exist_ok=True)
+        called, table = tmp_path / "called", tmp_path / "table"
+        for name, text in {"systemctl": f'echo "$@" >> {called}', "crontab":
+                           f"case $1 in -l) cat {table};; -) cat > {table}.new; mv {table}.new {table};; esac"}.items():
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
+        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}/certificates\nhost = alpha\n")
+        start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import os, wucme\n"
+        start += f"wucme.UNITS, wucme.CRON_FILE, wucme.BOOTED = {str(units)!r}, {str(tables / 'wucme')!r}, 'none'\n"
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+        def run(*words: str, root: bool = True) -> tuple[int, str]:
+            more = "" if root else "os.geteuid = lambda: 1000\n"
+            done = subprocess.run([sys.executable, "-c", f"{start}{more}sys.exit(wucme.main())", "timer", "--ini",
+                                   str(tmp_path / "w.ini"), *words], env=environment, text=True, capture_output=True,
+                                  check=False)
+            return done.returncode, done.stdout + done.stderr
+
+        return run
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="units are for root")
+    def test_one_form_takes_the_place_of_the_other(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        called, table = tmp_path / "called", tmp_path / "cron.d" / "wucme"
+        status, shown = run("systemd")
+        assert (status, list((tmp_path / "units").iterdir())) == (0, []), "nothing is changed"
+        for _ in range(2):
+            assert run("cron", "--install") == (0, f"wucme runs every hour by cron: {table}\n"
+                                                f"to undo that: rm {table}\n")
+        command = f"root {sys.executable} {SCRIPT} --ini {tmp_path}/w.ini\n"
+        assert re.fullmatch(rf"#.*\n[1-9]\d? \* \* \* \* {re.escape(command)}", table.read_text())
+        assert (os.listdir(tmp_path / "cron.d"), called.exists()) == (["wucme"], False)
+        status, said = run("systemd", "--install")
+        assert (status, called.read_text()) == (0, "daemon-reload\nenable --now wucme.timer\n")
+        assert "to undo that: systemctl disable --now wucme.timer; rm " in said
+        assert not table.exists()
+        written = {path.name: path.read_text() for path in (tmp_path / "units").iterdir()}
+        assert sorted(written) == ["wucme.service", "wucme.timer"]
+        assert all(text.partition("\n")[2].rstrip() in shown for text in written.values()), "as was shown"
+        assert run("cron", "--install")[0] == 0
+        assert called.read_text().splitlines()[2:] == ["disable --now wucme.timer"]
+        for setting in ("OnCalendar=hourly", "RandomizedDelaySec=", "Persistent=true"):
+            assert setting in written["wucme.timer"]
+
+    def test_crontab_of_a_user_keeps_its_other_lines(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        table = tmp_path / "table"
+        for before, kept in (("", ""), ("# mine\n5 * * * * a %b\n", "# mine\n5 * * * * a %b\n")):
+            table.write_text(before) if before else table.unlink(missing_ok=True)
+            for _ in range(2):
+                assert run("cron", "--install", root=False)[0] == 0
+            lines = table.read_text()
+            assert lines.startswith(kept)
+            assert re.fullmatch(rf"\d+ \* \* \* \* \S+ {re.escape(str(SCRIPT))} --ini \S+\n", lines[len(kept):])
+        assert run("systemd", root=False)[0] == 2
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="the tables of the system are for root")
+    @pytest.mark.parametrize("place", ["cron.d/other", "table"])
+    def test_never_twice(self, tmp_path: Path, place: str) -> None:
+        run = self.installer(tmp_path)
+        (tmp_path / place).write_text(f"#{SCRIPT}\n")
+        assert run("cron", "--install")[0] == 0
+        (tmp_path / place).write_text(f"23 */6 * * * root {SCRIPT}\n")
+        for form in ("cron", "systemd"):
+            status, said = run(form, "--install")
+            assert (status, "has wucme run already; take that out, then try again" in said) == (1, True)
+
+    @pytest.mark.parametrize("words", [("hourly",), ("cron", "systemd"), ("--load", "+nginx"), ("--backups", "9")])
+    def test_what_it_does_not_take(self, tmp_path: Path, words: tuple[str, ...]) -> None:
+        status, said = self.installer(tmp_path)(*words)
+        assert (status, "timer takes systemd or cron, and settings from the ini alone" in said) == (2, True)
+
+
 @pytest.mark.process
 class TestOddPlaces:
     """Disks, names, limits and surroundings that are not as they should be."""
@@ -6434,7 +6745,7 @@ class TestOddPlaces:
         lab.write("$ test -f \"$WUCME_CERT\"")
         fake.failing_names.add("n5.example.test")
         done = lab.run()
-        assert done.lines[-1] == "20 files, 9 certs, 8 renewed, 1 failed", "a newline is none of ours"
+        assert done.lines[-1] == "20 files, 10 certs, 9 renewed, 1 failed"
         assert not list(tmp_path.rglob("pwned"))
         assert all(line.isprintable() for line in done.err.splitlines())
         assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in done.err.splitlines())
@@ -6453,6 +6764,70 @@ class TestOddPlaces:
         assert lab.run().status == 0
         assert (tmp_path / "loads").read_text() == "x\n"
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked to trust")
+    def test_what_others_than_root_may_change_is_one_warning(self, fake: fakeca.FakeCA, lab: Host,
+                                                             tmp_path: Path) -> None:
+        lab.old_pair("a.example.test", days=80)
+        procedure, hook = tmp_path / "procedure", tmp_path / "hook"
+        for path in (procedure, hook):
+            path.write_text("#!/bin/sh\n")
+            path.chmod(0o755)
+        lab.write(f"@{procedure}", renew="never", hook=f"uacme:{hook}")
+        assert "trusts" not in lab.run().err
+        lab.ini.chmod(0o664)
+        procedure.chmod(0o775)
+        os.chown(hook, 12345, 0)
+        os.chown(lab.key(), 12346, 0)
+        os.chown(lab.directory, 0, 12347)
+        lab.directory.chmod(0o775)
+        done = lab.run()
+        assert (done.status, done.err.count("others than root may change what root trusts")) == (0, 1)
+        line = next(line for line in done.lines if "trusts" in line)
+        assert [path for path in (lab.ini, procedure, hook, lab.key(), lab.directory) if f"{path} (" not in line] == []
+        assert [f"(it belongs to user {number})" in line for number in (12345, 12346)] == [True, True]
+        assert lab.run() == Done(0, "", ""), "it is told once"
+        log = (lab.directory / "wucme.log").read_text()
+        assert log.count("others than root") == 2, "but logged by each run"
+        procedure.chmod(0o755)
+        assert f"{procedure} (" not in lab.run().err
+        for path in (lab.directory, tmp_path):
+            path.chmod(0o777)
+            done = lab.run()
+            assert (done.status, len(done.lines)) == (2, 1)
+            assert done.lines[0].endswith(f" and root trusts it; chmod o-w {path}")
+            path.chmod(0o755)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_key_of_somebody_else_is_said(self, lab: Host) -> None:
+        need(as_nobody(sys.executable, "-c", ""))
+        with tempfile.TemporaryDirectory() as name:
+            home = Path(name)
+            home.chmod(0o755)
+            script, directory = str(shutil.copy(SCRIPT, home)), home / "certificates"
+            shutil.copytree(lab.directory, directory)
+            fakeca.make_pair(directory, "a.example.test", ["a.example.test"], datetime.now(timezone.utc) - timedelta(1),
+                             datetime.now(timezone.utc) + timedelta(80))
+            os.chown(directory, NOBODY, NOBODY)
+            done = subprocess.run(as_nobody(sys.executable, script, "--directory", str(directory)), cwd=home, text=True,
+                                  env={**lab.environment, "HOME": name}, capture_output=True, check=False)
+            key = directory / "wucme_k_a.example.test.pem"
+            assert f"{key}: Permission denied: it belongs to user 0, and this runs as user {NOBODY}\n" in done.stderr
+            assert done.returncode == 1
+
+    def test_run_that_takes_too_long_leaves_the_rest_to_the_next_but_loads(self, fake: fakeca.FakeCA, lab: Host,
+                                                                           tmp_path: Path) -> None:
+        lab.old_pair("a.example.test")
+        lab.write(f"$ echo x >> {tmp_path}/loads")
+        command = lab.command()
+        command[3:4] = ["-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import wucme\n"
+                        "wucme.DEADLINES = 0; sys.exit(wucme.main())"]
+        done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
+        assert "a.example.test: failed: not begun, for this run has taken too long already; the next one does it\n" \
+            in done.stderr
+        assert (done.returncode, orders(fake), (tmp_path / "loads").read_text()) == (1, 0, "x\n")
+        assert lab.run().status == 0
+        assert (orders(fake), (tmp_path / "loads").read_text()) == (1, "x\nx\n")
+
     def test_output_that_nobody_takes_stops_no_renewal(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for redirection in (">&- 2>&- <&-", ">/dev/full 2>/dev/full", "2>&1 | true"):
             before = lab.old_pair("a.example.test")
@@ -6469,15 +6844,19 @@ class TestOddPlaces:
         assert done.returncode == 0, done.stderr
         assert "PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin\n" in (tmp_path / "told").read_text()
 
-    def test_names_and_renames_reach_the_disk_in_order(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("tracer", ["strace", "python"])
+    def test_names_and_renames_reach_the_disk_in_order(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path,
+                                                       tracer: str) -> None:
         lab.old_pair("a.example.test")
-        trace = tmp_path / "trace"
-        calls = "trace=fsync,rename,renameat,renameat2,write,pwrite64"
-        strace = [testbed.program("strace"), "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", calls]
-        done = subprocess.run([*strace, *lab.command("--rotate")], env=lab.environment, capture_output=True, text=True,
-                              check=False, timeout=90)
-        if "ptrace" in done.stderr:
-            pytest.skip("strace may not trace here")
+        trace, command = tmp_path / "trace", lab.command("--rotate")
+        if tracer == "strace":
+            calls = "trace=fsync,rename,renameat,renameat2,write,pwrite64"
+            strace = [testbed.program("strace"), "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", calls]
+            need([*strace, "true"])
+            command = [*strace, *command]
+        else:
+            command[3:4] = ["-c", RECORDER, str(trace), str(SCRIPT)]
+        done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False, timeout=90)
         assert done.returncode == 0, done.stderr
         flushed, renamed, waiting = set(), 0, False
         for line in trace.read_text().splitlines():

@@ -5214,9 +5214,6 @@ ProtectSystem=strict
 ReadWritePaths={}
 NoNewPrivileges=true
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_CHOWN CAP_FOWNER CAP_DAC_OVERRIDE
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
-RestrictNamespaces=true
-LockPersonality=true
 """
 
 
