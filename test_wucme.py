@@ -6475,18 +6475,25 @@ def open_place() -> Iterator[Path]:
         yield Path(name)
 
 
-# Runs a command with a CA of its own, which asks at port 80; what is in "root" is served there.
+# Runs a command with a CA of its own, which asks at port 80; "root" is served there, or our answers as a CGI script.
 WITH_CA = """
 import functools, http.server, subprocess, sys, threading
 from pathlib import Path
 import fakeca
+home, way = Path(sys.argv[1]), sys.argv[2]
 class Files(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_): pass
-if (root := Path(sys.argv[1], "root")).is_dir():
-    server = http.server.HTTPServer(("127.0.0.1", 80), functools.partial(Files, directory=str(root)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-with fakeca.FakeCA(Path(sys.argv[1]), 80) as fake:
-    sys.exit(subprocess.call([*sys.argv[2:], "--server", fake.url, "--ca-file", str(fake.ca_file)]))
+class Cgi(Files):
+    def do_GET(self):
+        about = {"GATEWAY_INTERFACE": "CGI/1.1", "WUCME_DIRECTORY": str(home / "certificates"),
+                 "REQUEST_METHOD": "GET", "PATH_INFO": self.path}
+        self.wfile.write(b"HTTP/1.0 200 OK\\r\\n" + subprocess.run([sys.executable, home / "wucme.py"], env=about,
+                                                                  stdout=subprocess.PIPE, user=65533).stdout)
+if way in ("webroot", "cgi"):
+    handler = functools.partial(Files if way == "webroot" else Cgi, directory=str(home / "root"))
+    threading.Thread(target=http.server.HTTPServer(("127.0.0.1", 80), handler).serve_forever, daemon=True).start()
+with fakeca.FakeCA(home, 80) as fake:
+    sys.exit(subprocess.call([*sys.argv[3:], "--server", fake.url, "--ca-file", str(fake.ca_file)]))
 """
 REDIRECT = """table inet wucme {
   chain wucme {
@@ -6504,7 +6511,8 @@ class TestWithoutRoot:
 
     @pytest.mark.parametrize(("way", "options", "status"), [
         ("nothing", [], 1), ("ambient", [], 0), ("setcap", [], 0), ("sysctl", [], 0),
-        ("redirect", ["--listen", "127.0.0.1:8402"], 0), ("webroot", ["--webroot", "root"], 0)])
+        ("redirect", ["--listen", "127.0.0.1:8402"], 0), ("webroot", ["--webroot", "root"], 0),
+        ("cgi", ["--listen", "none"], 0)])
     def test_what_can_be_granted(self, open_place: Path, way: str, options: list[str], status: int) -> None:
         need(as_nobody(sys.executable, "-c", ""))
         need([testbed.program("unshare"), "-n", "true"])
@@ -6521,9 +6529,10 @@ class TestWithoutRoot:
         elif way == "webroot":
             (open_place / "root").mkdir()
             os.chown(open_place / "root", NOBODY, NOBODY)
-        run = as_nobody(python, str(shutil.copy(SCRIPT, open_place)), "issue", "a.example.test", "--agree", "--directory",
-                        "certificates", *options, rights=["net_bind_service"] if way == "ambient" else [])
-        with_ca = shlex.join([sys.executable, "-c", WITH_CA, str(open_place), *run])
+        script = str(shutil.copy(SCRIPT, open_place))
+        run = as_nobody(python, script, "issue", "a.example.test", "--agree", "--directory", "certificates", *options,
+                        rights=["net_bind_service"] if way == "ambient" else [])
+        with_ca = shlex.join([sys.executable, "-c", WITH_CA, str(open_place), way, *run])
         paths = [str(SCRIPT.parent / ".ci"), *(path for path in sys.path if path.endswith("-packages"))]
         environment = {"PATH": os.environ["PATH"], "HOME": str(open_place), "PYTHONPATH": os.pathsep.join(paths)}
         done = subprocess.run(["unshare", "-n", "sh", "-c", f"ip link set lo up && {prepare} && {with_ca}"],
@@ -6632,6 +6641,21 @@ class TestTimer:
         lab.write(f"> {elsewhere}/{{name}}.pem", webroot=str(hidden))
         done = run()
         assert (done.status, "Read-only file system" in done.err) == (1, True), "the confinement holds"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can confine what root does")
+    def test_procedures_do_what_they_must_within_what_the_unit_allows(self, fake: fakeca.FakeCA, lab: Host,
+                                                                      tmp_path: Path) -> None:
+        read_only = "".join(f"mount --bind {at} {at}; mount -o remount,bind,ro {at}; " for at in ("/proc/sys", "/sys"))
+        confined = ["unshare", "-m", "sh", "-c", f'set -e; {read_only} umask 022; exec "$@"', "sh",
+                    testbed.program("setpriv"), "--bounding-set=-sys_module,-syslog"]
+        need([*confined, "true"])
+        lab.old_pair("a.example.test")
+        lab.write(f"$ cp $WUCME_CERT {tmp_path}/public; chown nobody {tmp_path}/public")
+        assert "ProtectSystem" not in lab.run("timer", "systemd").out
+        done = subprocess.run([*confined, *lab.command()], env=lab.environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        about = (tmp_path / "public").stat()
+        assert (about.st_uid, about.st_mode & 0o777) == (NOBODY, 0o644)
 
     def installer(self, tmp_path: Path) -> Callable[..., tuple[int, str]]:
         """The script with places of its own for units and tables, and with its own crontab and systemctl."""

@@ -14,7 +14,7 @@ SYNOPSIS
   wucme.py status [--json]            what is there, what is due, what is owed
   wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
   wucme.py timer [systemd|cron] [--install]
-                                      what has it run every hour, in place of what does so now
+                                      what has it run every hour; --install puts it in place
   wucme.py account new|show|update|newkey|deactivate
                                       the account at the (first) CA; --server names another
   wucme.py thumbprint                 print the account key's thumbprint, and what makes web servers
@@ -40,7 +40,7 @@ OPTIONS
   --staging      use Let's Encrypt's staging CA and DIRECTORY/staging; nothing is loaded
   --quiet        print errors only      --verbose  print each request too
   --json         with status: for machines
-  --install      with timer: put it in place
+  --install      with timer: put that in place of what is there
   --version      the version, and the SHA-256 of this file
   --help         this text
   and every setting below, with "-" for "_": --listen :8080; --load may be repeated.
@@ -97,7 +97,8 @@ SECURITY
   metrics say, contacts the CA (https only, always verified) and what ? names, and runs what the load
   list says. It listens on the challenge port only while an order runs, and answers there from memory.
   Keys are 0600 from the first byte, copies of them have their mode and owner from the first byte; an
-  ini, a script or a procedure that anyone may write is refused.
+  ini, a script, a procedure or a directory that anyone may write is refused, and one warning names
+  what a group or another user may change.
 
 READING ORDER
   The file reads upward: a section uses only what stands above it.
@@ -5173,9 +5174,6 @@ CRON_FILE = "/etc/cron.d/wucme"
 CRONTAB = """\
 { crontab -l 2>/dev/null | grep -vF -e "$WUCME_SCRIPT"; printf '%s\\n' "$WUCME_LINE"; } | crontab -"""
 TIMER = """\
-[Unit]
-Description=wucme, every hour
-
 [Timer]
 OnCalendar=hourly
 RandomizedDelaySec=1h
@@ -5200,15 +5198,14 @@ ProtectKernelTunables=true
 ProtectKernelModules=true
 ProtectKernelLogs=true
 ProtectControlGroups=true
+MemoryMax=1G
 {}"""
 # What its user wants run must be able to do what it does under cron, and may leave a server behind.
 LOOSE = """\
-MemoryMax=1G
 UMask=0022
 KillMode=process
 """
 STRICT = """\
-MemoryMax=256M
 UMask=0077
 ProtectSystem=strict
 ReadWritePaths={}
@@ -5261,7 +5258,8 @@ def schedule(settings: Settings, form: str) -> Schedule:
                         f"systemctl disable --now wucme.timer; rm {' '.join(units.values())}; systemctl daemon-reload")
     when = f"{1 + int(58 * own_share(settings.run, 'timer'))} * * * *"      # not at :00, when everybody comes
     line = shlex.join(argv).replace("%", r"\%")
-    then = (("systemctl", "disable", "--now", "wucme.timer"),) if os.path.exists(units["timer"]) else ()
+    then = (("systemctl", "disable", "--now", "wucme.timer"),) if root and os.path.exists(units["timer"]) \
+        else ()
     if root and os.path.isdir(os.path.dirname(CRON_FILE)):
         return Schedule({CRON_FILE: f"{when} root {line}\n"}, then, f"rm {CRON_FILE}")
     return Schedule({}, (*then, ("env", f"WUCME_SCRIPT={script}", f"WUCME_LINE={when} {line}", "sh", "-c", CRONTAB)),
@@ -5281,7 +5279,7 @@ def other_tables(script: str, world: World) -> Iterator[str]:
 
 def timer(settings: Settings, request: Request, world: World) -> list[str]:
     """Show what makes wucme run every hour, or put it there in place of what was there; lines that say so."""
-    if request.options or len(request.names) > 1 or not set(request.names) <= {"systemd", "cron"}:
+    if request.options or request.staging or len(request.names) > 1 or not set(request.names) <= {"systemd", "cron"}:
         raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
     form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
     plan = schedule(settings, form)
