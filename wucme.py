@@ -775,7 +775,7 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
                 raise FileError(f"{path}: not a regular file")
             if about.st_size > cap:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
-            return os.read(descriptor, cap)
+            return os.read(descriptor, about.st_size or cap)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -931,7 +931,7 @@ def open_append(path: str) -> int:
 def read_json(path: str) -> Json:
     """A state file; what is not there, torn, or foreign counts as empty."""
     try:
-        found = json.loads(read(path, 1 << 26))
+        found = json.loads(read(path, 1 << 26).decode())
     except (FileError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -1923,6 +1923,9 @@ class Memory(NamedTuple):
     revoked: str = ""               # fingerprint of a certificate that we revoked
 
 
+MEMORY_TYPES = {key: type(default) for key, default in Memory._field_defaults.items()}
+
+
 class Entry(NamedTuple):
     """One certificate: its files, what they say, and what the settings want of it."""
     name: str                       # NAME, as in its state file
@@ -1968,8 +1971,7 @@ def state_path(directory: str, name: str) -> str:
 def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
-    kept = {key: found[key] for key, default in Memory._field_defaults.items()
-            if key in found and isinstance(found[key], type(default))}
+    kept = {key: value for key, value in found.items() if type(value) is MEMORY_TYPES.get(key)}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
             and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
@@ -2093,6 +2095,12 @@ def renewal_time(about: Facts, rule: Renewal) -> float:
     return float("inf")
 
 
+def due_at(entry: Entry) -> float:
+    """The instant at which a certificate is due by its dates or its CA's wish; the end of time for never."""
+    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
+    return min(at, entry.memory.window[2]) if entry.memory.window and at < float("inf") else at
+
+
 def wanted_names(entry: Entry) -> tuple[str, ...]:
     """The names that a new certificate should have: those of the settings, else those it has."""
     return entry.wanted.names or (entry.facts.names if entry.facts else ())
@@ -2140,9 +2148,7 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
 
 def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) -> Decision:
     """Whether a certificate is due, with the reason in words; `named` skips our ladder, `forced` all."""
-    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
-    if entry.memory.window and at < float("inf"):
-        at = min(at, entry.memory.window[2])
+    at = due_at(entry)
     if entry.blocked or not wanted_names(entry):
         return Decision(entry, False, entry.fault, at)
     if forced:
@@ -2156,13 +2162,13 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     return Decision(entry, bool(reason), reason, at)
 
 
-def too_rare(decision: Decision, runs: Sequence[float]) -> str:
+def too_rare(entry: Entry, runs: Sequence[float]) -> str:
     """What to say if runs come so rarely that a certificate could expire between two of them, or ""."""
-    about, gaps = decision.entry.facts, [late - early for early, late in zip(runs, runs[1:])]
-    room = about.not_after - decision.renew_at if about else 0.0
-    if not gaps or room <= 0 or min(gaps) <= room / 2:
+    about, gap = entry.facts, min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
+    room = about.not_after - due_at(entry) if about else 0.0
+    if room <= 0 or gap <= room / 2:
         return ""
-    return (f"{decision.entry.title}: runs come every {min(gaps) / 3600:.1f} hours, but from the time to renew it to "
+    return (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
             f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
 
 
@@ -4835,8 +4841,7 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         else:
             if one.held:
                 log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
-            spent = one.entry.whole and not one.held and not decide(one.entry, now).due
-            if spent:
+            if one.entry.whole and not one.reason:
                 yield one.entry, wind_up(one.entry, run, now)
                 continue
             with contextlib.suppress(OSError):      # it can be learnt again
@@ -4884,15 +4889,15 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         log("certificate management")
         inventory = take_stock(settings)
         check_copies(settings, items, inventory)
-        told = ask_windows(examine(inventory, request, now), settings, clients, now)
-        inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
+        if told := ask_windows(decisions, settings, clients, now):
+            decisions = examine(inventory._replace(entries={**inventory.entries, **told}), request, now)
         clean_up(settings, world)
         entries, outcomes = {}, []
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
-        warnings = list(filter(None, (too_rare(decide(entry, now), runs) for entry in entries.values())))
+        warnings = list(filter(None, (too_rare(entry, runs) for entry in entries.values())))
         for warning in warnings:
             log(warning, wrong=True)
         ledger = open_ledger(run)
