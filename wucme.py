@@ -1514,6 +1514,8 @@ class RunScope(NamedTuple):
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each")
     workers: int = setting(a_number, "4", "how many certificates are obtained side by side")
+    orders: int = setting(a_number, "100", "how many certificates are ordered in one run, the most urgent first; the "
+                          "rest are left to the next")
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end")
     timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
@@ -3448,10 +3450,10 @@ def finish(client: Client, order: Order, names: Sequence[str], request: bytes, u
     """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
     if order.status == "ready":
         log(f"{names[0]}: finalizing order at {order.finalize}")
-        client.post(order.finalize, {"csr": base64url(request)})
+        answer = client.post(order.finalize, {"csr": base64url(request)})
+        order = client.parse_order(order.url, read_object(answer, order.url), names)
+    if order.status in ("processing", "ready"):
         order = client.settle(order, names, ("processing", "ready"), until)
-    elif order.status == "processing":
-        order = client.settle(order, names, ("processing",), until)
     if order.status == "invalid":
         raise client.complaint(order, names)
     if order.status != "valid" or not order.certificate:
@@ -4637,7 +4639,13 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
 def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """Obtain and store every certificate that is due, the most urgent first."""
     run = settings.run
-    urgent = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    ranked = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    urgent, later = ranked[:run.orders], ranked[run.orders:]
+    if later:
+        log(f"{len(later)} more are due, and left to the next run (orders = {run.orders}): "
+            + ", ".join(entry.title for entry in later[:3]) + " ..." * (len(later) > 3))
+    for entry in later:
+        yield entry, Outcome(entry.title, "held")
     answers = Answers(run.directory)
     listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
                                          for place in places(entry.wanted, kind)), answers)
