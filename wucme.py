@@ -235,7 +235,7 @@ def sentence(error: BaseException) -> str:
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
-AT_ONCE = 8                     # requests for one certificate
+AT_ONCE = 10                    # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
 
 
@@ -717,6 +717,8 @@ def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started:
 
 def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str, Any]]:
     """The jobs as they end, so many at once, each with its result or error; none is waited for without end."""
+    if not jobs:
+        return
     import queue
     import threading
     waiting: queue.Queue[Job] = queue.Queue()
@@ -1439,9 +1441,11 @@ def renewal(text: str) -> Renewal:
 
 def a_url(text: str) -> str:
     """An https URL, or none."""
+    if not text:
+        return text
     import urllib.parse
     at = urllib.parse.urlsplit(text)
-    if text and (at.scheme != "https" or not at.hostname or at.port == 0):
+    if at.scheme != "https" or not at.hostname or at.port == 0:
         raise ValueError("must be an https:// URL")
     return text
 
@@ -3723,13 +3727,13 @@ class Alarm(NamedTuple):
 
 
 def machine_id() -> str:
-    """A digest of what makes this machine this machine."""
-    import hashlib
+    """A checksum of what makes this machine this machine; too short to tell it."""
+    import binascii         # hashlib would cost an idle run 2 ms
     try:
         text = read("/etc/machine-id")
     except FileError:
         text = os.uname().nodename.encode()
-    return hashlib.sha256(b"wucme " + text).hexdigest()[:32]
+    return f"{binascii.crc32(text):08x}"
 
 
 class Ledger:
@@ -3798,13 +3802,13 @@ class Duty(NamedTuple):
 
 def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """The items of several lists, each once, so that every list's own order is kept where that can be."""
-    import graphlib
     found = list(dict.fromkeys(tuple(one) for one in lists))
     before: dict[str, list[str]] = {}
     for one in found:
         for place, text in enumerate(one):
             before.setdefault(text, []).extend(one[max(0, place - 1):place])
     if len(found) > 1:
+        import graphlib
         with contextlib.suppress(graphlib.CycleError):
             return list(graphlib.TopologicalSorter(before).static_order())
     return list(before)
@@ -5152,7 +5156,9 @@ def argument_parser() -> argparse.ArgumentParser:
             hint = nearest(word, self._option_string_actions) if word.startswith("--") else ";"
             raise SettingsError(f"{message}{hint} See --help")
 
-    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False)
+    # Without a width argparse would ask for that of the terminal, once for each option.
+    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False,
+                    formatter_class=functools.partial(argparse.HelpFormatter, width=99))
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
