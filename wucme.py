@@ -107,6 +107,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import json
 import os
 import re
@@ -1971,7 +1972,7 @@ class Inventory(NamedTuple):
 
 def state_path(directory: str, name: str) -> str:
     """Where the memory of one certificate is kept."""
-    return os.path.join(directory, f"wucme_s_{name.lower()}.json")
+    return f"{directory}/wucme_s_{name.lower()}.json"
 
 
 def read_memory(path: str) -> Memory:
@@ -2042,8 +2043,8 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         key = present.get(key_spelling(name).lower(), key_spelling(name))
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
-        entries[stem] = look(Entry(stem, os.path.join(directory, name), values.csr or os.path.join(directory, key),
-                                   memory, memory, values, section.own if section else frozenset()))
+        entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
+                                   values, section.own if section else frozenset()))
         declared.add(section.title if section else "")
     for label, section in sections.items():
         if section.title not in declared:
@@ -3557,7 +3558,8 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     """Write the memory of a certificate, if it is other than what is written already."""
     memory = entry.memory._replace(**changes)
     if memory != entry.written:
-        replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
+        about = {key: value for key, value in memory._asdict().items() if value != Memory._field_defaults[key]}
+        replace(state_path(directory, entry.name), json.dumps(about).encode())
     return entry._replace(memory=memory, written=memory)
 
 
@@ -3728,12 +3730,12 @@ class Alarm(NamedTuple):
 
 def machine_id() -> str:
     """A checksum of what makes this machine this machine; too short to tell it."""
-    import binascii         # hashlib would cost an idle run 2 ms
+    import binascii
     try:
         text = read("/etc/machine-id")
     except FileError:
         text = os.uname().nodename.encode()
-    return f"{binascii.crc32(text):08x}"
+    return f"{binascii.crc32(text):08x}"        # to load hashlib takes longer than the rest of it
 
 
 class Ledger:
@@ -5261,6 +5263,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     if "GATEWAY_INTERFACE" in os.environ:       # called by a web server: answers the CA, and does nothing else
         os.write(1, respond(os.environ))
         return 0
+    gc.set_threshold(100_000)       # what is made by the thousand lives to the end
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
