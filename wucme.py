@@ -21,10 +21,10 @@ SYNOPSIS
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
   at every file of the directory, decides with a reason what is due, opens the challenge listener,
-  obtains the certificates side by side from the CA (ACME, RFC 8555), checks
-  each one, backs up the old one and renames the new one into place, runs the load list, and
-  reports. A certificate that fails never stops another. With nothing due and nothing owed it
-  sends nothing, prints nothing (unless at a terminal), and exits 0.
+  obtains the certificates side by side from the CA (ACME, RFC 8555), checks each one, backs up the
+  old one and renames the new one into place, runs the load list, and reports. A certificate that
+  fails never stops another. With nothing due and nothing owed it sends nothing, prints nothing
+  (unless at a terminal), and exits 0.
 
   Certificates are found, not listed: every wucme_c_NAME.pem in the directory is renewed with its
   key wucme_k_NAME.pem. A section [NAME] in the ini declares one that does not exist yet, or
@@ -471,6 +471,8 @@ class Ending:
     def __call__(self, number: int, _: object) -> None:
         """Take a signal, in the main thread."""
         import threading
+        if self.number:             # it is ending already
+            return
         self.number = number
         if threading.get_ident() not in self.starting:
             raise SystemExit(128 + number)
@@ -487,8 +489,8 @@ class Ending:
             yield
         finally:
             self.starting.discard(me)
-        if self.number:
-            raise SystemExit(128 + self.number)
+            if self.number:
+                raise SystemExit(128 + self.number)
 
     def kill(self) -> None:
         """Kill what other threads have running."""
@@ -514,11 +516,13 @@ def start(argv: Sequence[str], given: str, output: int, **how: Any) -> subproces
     """Start a command in a process group of its own, with this to read."""
     import subprocess
     import tempfile
+    how.update(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    if not given:
+        return subprocess.Popen(argv, **how)
     with tempfile.TemporaryFile() as text:
         text.write(given.encode("utf-8", "surrogateescape"))
         text.seek(0)
-        return subprocess.Popen(argv, stdin=text if given else subprocess.DEVNULL, stdout=output,
-                                stderr=subprocess.STDOUT, start_new_session=True, **how)
+        return subprocess.Popen(argv, **{**how, "stdin": text})
 
 
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, given: str = "", cwd: str = "/",
@@ -744,13 +748,21 @@ def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str,
 
 
 def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) -> list[T]:
-    """What these calls return, several made at once, in their order; the first error is raised."""
+    """What these calls return, several made at once, in their order; raises the first error as soon as there is one."""
     if len(calls) < 2:
         return [call() for call in calls.values()]
-    results = dict(gather([Job(name, call, limit) for name, call in calls.items()], AT_ONCE, world))
-    for name in calls:
-        if isinstance(results[name], BaseException):
-            raise results[name]
+    results: dict[str, Any] = {}
+    failed: list[BaseException] = []
+
+    def unless_failed(call: Callable[[], T]) -> T | None:
+        return None if failed else call()
+
+    jobs = [Job(name, functools.partial(unless_failed, call), limit) for name, call in calls.items()]
+    for name, result in gather(jobs, AT_ONCE, world):
+        if isinstance(result, BaseException):
+            failed.append(result)
+            raise result
+        results[name] = result
     return [results[name] for name in calls]
 
 
@@ -941,22 +953,42 @@ def read_json(path: str) -> Json:
 
 
 def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
-    """Put a public file into a directory of somebody else's, below some steps; its path. No link there is followed."""
-    whose = os.stat(base)
-    at = base
-    for step in below:
-        at = os.path.join(at, step)
+    """Put a new public file into a directory of somebody else's, below some steps; its path.
+
+    It goes from descriptor to descriptor, so that nobody who may write there can lead it elsewhere: a link is followed
+    only where none but root and we could have made it.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    at = os.open(base, flags)
+    try:
+        whose = os.fstat(at)
+        for step in below:
+            here, made = os.fstat(at), False
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(step, 0o700, dir_fd=at)
+                made = True
+            safe = here.st_uid in (0, os.geteuid()) and not here.st_mode & 0o022
+            inner = os.open(step, flags if safe else flags | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = inner
+            if made and os.fstat(at).st_uid == os.geteuid():
+                os.fchmod(at, 0o755)
+                os.fchown(at, whose.st_uid, whose.st_gid)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=at)
+        new = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=at)
         try:
-            os.mkdir(at)
-            os.chmod(at, 0o755)
-            os.chown(at, whose.st_uid, whose.st_gid)
-        except FileExistsError:
-            found = os.lstat(at)
-            if stat.S_ISLNK(found.st_mode) and found.st_uid not in (0, os.geteuid()):
-                raise FileError(f"{at}: a link that another user made; it is not followed") from None
-    path = os.path.join(at, name)
-    create(path, data, Owner(0o644, whose.st_uid, whose.st_gid))
-    return path
+            write_all(new, data)
+            os.fchmod(new, 0o644)
+            os.fchown(new, whose.st_uid, whose.st_gid)
+        finally:
+            os.close(new)
+    except OSError as error:
+        raise FileError(f"{os.path.join(base, *below, name)}: {error.strerror} (a link that another user could have "
+                        "made is not followed)") from error
+    finally:
+        os.close(at)
+    return os.path.join(base, *below, name)
 
 
 def make_directory(path: str) -> None:
@@ -965,7 +997,12 @@ def make_directory(path: str) -> None:
         return
     if os.path.dirname(path):
         make_directory(os.path.dirname(path))
-    os.mkdir(path)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):     # else another worker made it meanwhile
+            raise
+        return
     os.chmod(path, 0o755)
     sync_directory(path)
 
@@ -1154,8 +1191,8 @@ def jwk_key(text: bytes) -> PrivateKey:
     """The private key of a JWK (RFC 7517), as certbot keeps its account keys; PemError where it is none."""
     try:
         found = json.loads(text)
-        numbers = {name: int.from_bytes(from_base64url(value), "big") for name, value in found.items()
-                   if name not in ("kty", "crv")}
+        numbers = {name: int.from_bytes(from_base64url(found[name]), "big")
+                   for name in (("d",) if found["kty"] == "EC" else ("n", "e", "p", "q", "d", "dp", "dq", "qi"))}
         if found["kty"] == "EC":
             curves = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}
             return ec.derive_private_key(numbers["d"], curves[found["crv"]])
@@ -1549,7 +1586,7 @@ class CertificateScope(NamedTuple):
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
     chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
                          "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
-    csr: str = setting(a_path, "", "a signing request (PEM) whose key is kept elsewhere; it has the names too", "PATH",
+    csr: str = setting(a_path, "", "a signing request (PEM) for just these names, whose key is kept elsewhere", "PATH",
                        local=True)
     challenge: tuple[str, ...] = setting(
         some_challenges, "http-01", "how control of the names is proved, in order of preference: "
@@ -2141,7 +2178,7 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
         yield entry.fault or "its key does not fit the certificate"
     if changed(entry, about):
         yield changed(entry, about)
-    if entry.memory.revoked == about.fingerprint:
+    if entry.memory.revoked == about.fingerprint and not entry.wanted.csr:      # else its user must make a new key
         yield "it was revoked"
     window = entry.memory.window
     if window and now >= window[2] and not entry.wanted.renew.never:
@@ -2287,10 +2324,10 @@ class Answers:
     def hear(self, token: str, where: str) -> None:
         """Note that the CA has asked."""
         log.detail(f"challenge {token} asked for at {where}")
-        self.heard.add(token)
         asked = self.asked.get(token)
-        if asked is not None:
+        if asked is not None and token not in self.heard:       # once: strangers may ask too
             asked.set()
+        self.heard.add(token)
 
     def find(self, target: str) -> str | None:
         """The answer to a request target, absolute or prefixed; None for what is not published."""
@@ -2302,12 +2339,17 @@ class Answers:
 
     def greet(self, connection: Any, name: str | None, _: object) -> int | None:
         """Choose the certificate for a TLS greeting; an alert where there is none."""
-        context, token = self.contexts.get((name or "").lower(), (None, ""))
+        context, _token = self.contexts.get((name or "").lower(), (None, ""))
         if context is None:
             return 112                  # unrecognized_name (RFC 6066 section 3)
         connection.context = context
-        self.hear(token, name or "")
         return None
+
+    def greeted(self, connection: Any) -> None:
+        """Note a TLS handshake that was the CA's."""
+        for name, (context, token) in list(self.contexts.items()):
+            if context is connection.context and connection.selected_alpn_protocol() == "acme-tls/1":
+                self.hear(token, name)
 
 
 class Guests:
@@ -2398,6 +2440,7 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
             server.guests.admit(secure)
             try:
                 secure.do_handshake()
+                server.answers.greeted(secure)
             finally:
                 server.guests.forget(secure)
                 secure.close()
@@ -2570,72 +2613,124 @@ class Task(NamedTuple):
     answers: Answers
     world: World
     asked: threading.Event      # set when a listener hears the CA ask
+    label: str = ""             # NAME of the certificate
 
 
-@contextlib.contextmanager
-def by_tokens(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+class Published(NamedTuple):
+    """What answers for a name, and is to be undone: by which way it came there, and where it is."""
+    way: str
+    place: str                  # file, record or server name; of a hook what it printed
+    proof: Proof
+
+
+class Journal:
+    """All that is published for one certificate; what outlives this process is kept in tokens/ until it is undone."""
+
+    def __init__(self, task: Task) -> None:
+        self.path = os.path.join(task.answers.directory, f".{task.label}")
+        self.names = task.names
+        self.rows: list[Published] = []
+        self.written = False
+
+    def save(self) -> None:
+        """Write down what a later run would have to undo."""
+        lasting = [row for row in self.rows if row.way in LASTING]
+        if lasting:
+            make_directory(os.path.dirname(self.path))
+            create(self.path, json.dumps({"names": self.names, "rows": lasting}).encode())
+        elif self.written:
+            remove(self.path)
+        self.written = bool(lasting)
+
+    def add(self, way: str, proof: Proof, place: str = "") -> None:
+        """Note something that is about to be published."""
+        self.rows.append(Published(way, place, proof))
+        self.save()
+
+    def undo(self, task: Task, verdict: str) -> None:
+        """Undo it all; what cannot be undone now stays noted. On a signal there is no time for it."""
+        if ending.number:
+            return
+        problems = [(row, undone(task, row, verdict)) for row in self.rows]
+        for row, problem in problems:
+            if problem:
+                log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
+        self.rows = [row for row, problem in problems if problem]
+        self.save()
+
+
+def by_tokens(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have the listener and tokens/ answer http-01."""
-    try:
-        for one in proofs:
-            task.answers.publish(one.token, one.text, task.asked)
-        yield
-    finally:
-        for one in proofs:
-            task.answers.withdraw(one.token)
+    for one in proofs:
+        journal.add("tokens", one)
+        task.answers.publish(one.token, one.text, task.asked)
 
 
-@contextlib.contextmanager
-def by_webroot(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+def undo_token(task: Task, row: Published, _: str) -> str:
+    """Answer a token no more."""
+    task.answers.withdraw(row.proof.token)
+    return ""
+
+
+def by_webroot(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have a web server answer http-01 from its document roots."""
-    planted = []
-    try:
-        for root in task.wanted.webroot:
-            planted += [plant(root, WELL_KNOWN.strip("/").split("/"), one.token, one.text.encode()) for one in proofs]
-        yield
-    finally:
-        for path in planted:
-            remove(path)
+    steps = WELL_KNOWN.strip("/").split("/")
+    for root in task.wanted.webroot:
+        for one in proofs:
+            journal.add("webroot", one, os.path.join(root, *steps, one.token))
+            plant(root, steps, one.token, one.text.encode())
 
 
-@contextlib.contextmanager
-def by_greeting(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+def undo_file(_: Task, row: Published, __: str) -> str:
+    """Delete a file of a document root."""
+    remove(row.place)
+    return ""
+
+
+def by_greeting(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have the listener answer tls-alpn-01 (RFC 8737; for addresses RFC 8738 section 6)."""
     import ipaddress
     import ssl
-    answers, greeted = task.answers, []
-    try:
-        for one in proofs:
-            name = ipaddress.ip_address(one.name).reverse_pointer if is_address(one.name) else one.name
-            path = os.path.join(os.path.dirname(answers.directory), f"wucme_{one.token}_tmp")
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.set_alpn_protocols(["acme-tls/1"])
-            create(path, challenge_certificate(one.name, one.digest))
-            try:
-                context.load_cert_chain(path)
-            finally:
-                remove(path)
-            answers.asked[one.token] = task.asked
-            answers.contexts[name] = context, one.token
-            greeted.append((name, one.token))
-        yield
-    finally:
-        for name, token in greeted:
-            answers.contexts.pop(name, None)
-            answers.asked.pop(token, None)
+    answers, world = task.answers, task.world
+    for one in sorted(proofs, key=lambda proof: proof.name):
+        name = ipaddress.ip_address(one.name).reverse_pointer if is_address(one.name) else one.name
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.set_alpn_protocols(["acme-tls/1"])
+        path = os.path.join(os.path.dirname(answers.directory), f"wucme_{one.token}_tmp")
+        create(path, challenge_certificate(one.name, one.digest))
+        try:
+            context.load_cert_chain(path)
+        finally:
+            remove(path)
+        # Only one answer can be given for a name: another certificate with it comes first, or waits.
+        while answers.contexts.setdefault(name, (context, one.token))[1] != one.token:
+            if world.monotonic() > task.until:
+                raise ChallengeError(f"{name}: another certificate's proof of it takes too long")
+            world.sleep(0.05)
+        journal.add("listen_tls", one, name)
+        answers.asked[one.token] = task.asked
+
+
+def undo_greeting(task: Task, row: Published, _: str) -> str:
+    """Show a certificate for tls-alpn-01 no more."""
+    task.answers.contexts.pop(row.place, None)
+    task.answers.asked.pop(row.proof.token, None)
+    return ""
 
 
 def all_said(finished: Finished) -> str:
     """The problem of a DNS tool and all that it said, "" for none."""
     missing = " (Debian has it in bind9-dnsutils)" if finished.problem.startswith("cannot be run") else ""
-    return "; ".join([finished.problem, *finished.output])[:400] + missing if finished.problem else ""
+    problem = finished.problem.replace(" (load_timeout)", "")
+    return "; ".join([problem, *finished.output])[:400] + missing if problem else ""
 
 
 def ask_dns(task: Task, kind: str, name: str, at: Sequence[str] = ()) -> list[str]:
     """What the DNS says, in the words of dig; ChallengeError where it cannot be asked."""
     server = task.wanted.nsupdate.server if task.wanted.nsupdate else ("", 53)
     where = at or ([f"@{server[0]}", "-p", str(server[1])] if server[0] else [])
-    finished = task.world.command(["dig", "+short", "+time=3", "+tries=2", *where, kind, name], child_environment(),
-                                  COMMAND_SECONDS)
+    argv = ["dig", "+short", "+time=3", "+tries=2", *where, "-t", kind, "-q", name]
+    finished = task.world.command(argv, child_environment(), COMMAND_SECONDS)
     if finished.problem:
         raise ChallengeError(f"dig {kind} {name}: {all_said(finished)}")
     return finished.output
@@ -2650,14 +2745,26 @@ def record_texts(task: Task, name: str, at: Sequence[str] = ()) -> list[str]:
     return found
 
 
+def cname(task: Task, at: str) -> str:
+    """Where a name is an alias for, "" if it is none: by the server that is updated, else by the DNS at large."""
+    to = task.wanted.nsupdate
+    found = [line for line in ask_dns(task, "CNAME", at) if line.endswith(".")]
+    if not found and to and to.server[0]:       # it may not know the zone in which the alias stands
+        with contextlib.suppress(ChallengeError):
+            found = [line for line in ask_dns(task, "CNAME", at, ["+recurse"]) if line.endswith(".")]
+    if found and not re.fullmatch(r"\w[\w.-]*", found[0]):
+        raise ChallengeError(f"{at}: an alias for {printable(found[0])}, which is no host name")
+    return found[0].lower() if found else ""
+
+
 def record_name(task: Task, name: str) -> str:
     """Where the record of dns-01 for a name stands in the end, as others may be told to keep it."""
     at = f"_acme-challenge.{name}."
     for _ in range(10):
-        further = [line for line in ask_dns(task, "CNAME", at) if line.endswith(".")]
+        further = cname(task, at)
         if not further:
             return at
-        at = further[0].lower()
+        at = further
     raise ChallengeError(f"{name}: the CNAMEs at _acme-challenge.{name} have no end")
 
 
@@ -2668,7 +2775,8 @@ def name_servers(task: Task, at: str) -> list[list[str]]:
         return [[f"@{to.server[0]}", "-p", str(to.server[1])]]
     zone = at
     while zone.strip("."):
-        servers = [line for line in ask_dns(task, "NS", zone) if line.endswith(".")]
+        # Of an alias dig would show where it leads, and the servers of that.
+        servers = [] if cname(task, zone) else [line for line in ask_dns(task, "NS", zone) if line.endswith(".")]
         if servers:
             return [[f"@{server.rstrip('.')}"] for server in servers]
         zone = zone.partition(".")[2]
@@ -2704,32 +2812,27 @@ def update(task: Task, what: str, at: str, text: str) -> str:
     return f"nsupdate: {at}: {all_said(finished)}" if finished.problem else ""
 
 
-def undo_update(task: Task, one: Proof, *_: str) -> str:
-    """Delete the record that proved a name; the problem, or ""."""
-    return update(task, "delete", record_name(task, one.name), base64url(one.digest))
-
-
-@contextlib.contextmanager
-def by_nsupdate(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+def by_nsupdate(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Answer dns-01 by records in a zone that takes updates."""
-    added: list[tuple[str, str]] = []
-    begun = []
-    try:
-        for one in proofs:
-            added.append((record_name(task, one.name), base64url(one.digest)))
-            log(f"{task.names[0]}: setting {added[-1][0]} TXT {added[-1][1]}")
-            problem = update(task, "add", *added[-1])
-            if problem:
-                undo_update(task, one)      # it may be there all the same
-                raise ChallengeError(problem)
-            begun.append(one)
-        await_records(task, added)
-        yield
-    finally:
-        for one in begun:
-            problem = undo_update(task, one)
-            if problem:
-                log(f"{task.names[0]}: a record stays behind: {problem}")
+    added = []
+    for one in proofs:
+        at, text = record_name(task, one.name), base64url(one.digest)
+        log(f"{task.names[0]}: setting {at} TXT {text}")
+        journal.add("nsupdate", one, at)
+        problem = update(task, "add", at, text)
+        if problem:
+            if not update(task, "delete", at, text) or "REFUSED" in problem or "NOTAUTH" in problem:
+                journal.rows.pop()      # it is not there
+            raise ChallengeError(problem)
+        added.append((at, text))
+    await_records(task, added)
+
+
+def undo_update(task: Task, row: Published, _: str) -> str:
+    """Delete the record that proved a name; the problem, or ""."""
+    if not task.wanted.nsupdate:
+        return f"{row.place}: nsupdate is not set any more"
+    return update(task, "delete", row.place, base64url(row.proof.digest))
 
 
 def record_fits(found: str, wanted: str, now: float) -> bool:
@@ -2746,8 +2849,7 @@ def record_fits(found: str, wanted: str, now: float) -> bool:
             and (not until or (until.isdigit() and int(until[:15]) > now)))
 
 
-@contextlib.contextmanager
-def by_record(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
+def by_record(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
     """See that the lasting records of dns-persist-01 are there; nobody but the owner of the zone sets them."""
     missing = []
     for one in proofs:
@@ -2758,7 +2860,6 @@ def by_record(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
                            + (f" (found: {' and '.join(found)})" if found else ""))
     if missing:
         raise ChallengeError("; ".join(missing))
-    yield
 
 
 def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
@@ -2774,6 +2875,8 @@ def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
 def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields: Mapping[str, str]) -> Finished:
     """Call a hook, with what its dialect wants it to be told."""
     hook = cast(Hook, task.wanted.hook)
+    if os.geteuid() == 0 and anyone_may_write(argv[0]):
+        raise ChallengeError(f"{argv[0]}: anyone may write this file, and root would run it; chmod o-w it")
     told = {key: text.format_map(fields) for key, text in DIALECTS[hook.family].environment.items()}
     finished = task.world.command([*argv, *(text.format_map(fields) for text in templates)],
                                   {**child_environment(), **{key: text for key, text in told.items() if text}},
@@ -2783,93 +2886,85 @@ def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields:
     return finished
 
 
-def undo_hook(task: Task, one: Proof, verdict: str = "failed", output: str = "") -> str:
-    """Tell a hook that it may clean up what it did for a name; the problem, or ""."""
-    hook = cast(Hook, task.wanted.hook)
-    if not hook.end:
-        return ""
-    dialect = DIALECTS[hook.family]
-    fields = {**hook_fields(task, one, dialect), "verdict": verdict, "output": output}
-    return with_last_line(call_hook(task, hook.end, dialect.end, fields))
-
-
-@contextlib.contextmanager
-def by_hook(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
-    """Have a program of the user's answer; whatever was begun is ended too."""
+def by_hook(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
+    """Have a program of the user's answer."""
     hook = cast(Hook, task.wanted.hook)
     dialect = DIALECTS[hook.family]
-    if os.geteuid() == 0 and anyone_may_write(hook.begin[0]):
-        raise ChallengeError(f"{hook.begin[0]}: anyone may write this file, and root would run it; chmod o-w it")
-    begun, records, verdict = [], [], "failed"
+    records = []
+    for rest, one in zip(range(len(proofs) - 1, -1, -1), proofs):
+        fields = {**hook_fields(task, one, dialect), "rest": str(rest), "verdict": "begin"}
+        journal.add("hook", one)
+        finished = call_hook(task, hook.begin, dialect.begin, fields)
+        journal.rows[-1] = journal.rows[-1]._replace(place="\n".join(finished.output).strip())
+        records.append((fields["fqdn"], fields["value"]))
+        if dialect.failure == "decline" and finished.problem.startswith("exit status"):
+            journal.rows.pop()          # nothing was begun
+        if finished.problem and dialect.failure != "ignore":
+            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} "
+                                 f"{dialect.failure}s {one.kind}: {with_last_line(finished)}")
+        if finished.problem:
+            log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
+    if dialect.waits:
+        await_records(task, records)
+
+
+def undo_hook(task: Task, row: Published, verdict: str) -> str:
+    """Tell a hook that it may clean up what it did for a name; what it makes of that is its own affair."""
+    hook = task.wanted.hook
+    if not hook or row.proof.kind not in DIALECTS[hook.family].values:
+        return "no hook for it is set any more"
+    if hook.end:
+        fields = {**hook_fields(task, row.proof, DIALECTS[hook.family]), "verdict": verdict, "output": row.place}
+        finished = call_hook(task, hook.end, DIALECTS[hook.family].end, fields)
+        if finished.problem:
+            log(f"{task.names[0]}: the hook failed to clean up: {with_last_line(finished)}")
+    return ""
+
+
+WAYS = {"tokens": by_tokens, "webroot": by_webroot, "listen_tls": by_greeting, "nsupdate": by_nsupdate,
+        "record": by_record, "hook": by_hook}
+UNDO = {"tokens": undo_token, "webroot": undo_file, "listen_tls": undo_greeting, "nsupdate": undo_update,
+        "hook": undo_hook}
+LASTING = ("webroot", "nsupdate", "hook")
+
+
+def undone(task: Task, row: Published, verdict: str) -> str:
+    """Undo one thing that was published; the problem, or ""."""
     try:
-        for rest, one in zip(range(len(proofs) - 1, -1, -1), proofs):
-            fields = {**hook_fields(task, one, dialect), "rest": str(rest), "verdict": "begin"}
-            finished = call_hook(task, hook.begin, dialect.begin, fields)
-            records.append((fields["fqdn"], fields["value"]))
-            if dialect.failure != "decline" or not finished.problem.startswith("exit status"):
-                begun.append((one, "\n".join(finished.output).strip()))
-            if finished.problem and dialect.failure != "ignore":
-                raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} "
-                                     f"{dialect.failure}s {one.kind}: {with_last_line(finished)}")
-            if finished.problem:
-                log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
-        if dialect.waits:
-            await_records(task, records)
-        yield
-        verdict = "done"
-    finally:
-        for one, output in begun:
-            problem = undo_hook(task, one, verdict, output)
-            if problem:
-                log(f"{task.names[0]}: the hook failed to clean up: {problem}")
+        return UNDO[row.way](task, row, verdict)
+    except (WucmeError, OSError) as error:
+        return sentence(error)
 
 
-WAYS = {"webroot": by_webroot, "listen_tls": by_greeting, "nsupdate": by_nsupdate, "record": by_record, "hook": by_hook}
-
-
-UNDO: dict[str, Callable[..., str]] = {"nsupdate": undo_update, "hook": undo_hook}
-
-
-@contextlib.contextmanager
-def journal(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
-    """Keep in tokens/ what is published elsewhere meanwhile, so that a later run can undo it if this one is killed."""
-    path = os.path.join(task.answers.directory, f".{file_label(task.names[0])}")
-    lasting = [one for one in proofs if set(ways(task.wanted, one.kind)) & set(UNDO)]
-    if lasting:
-        make_directory(task.answers.directory)
-        create(path, json.dumps({"names": task.names, "proofs": lasting}).encode())
-    try:
-        yield
-    finally:
-        remove(path)
-
-
-def undo_left(task: Task, path: str) -> list[str]:
-    """Undo what the journal of a killed run tells, by the ways that are set now; a line for each."""
-    lines, found = [], read_json(path).get("proofs")
+def undo_left(task: Task, path: str) -> Iterator[str]:
+    """Undo what the journal of a killed run tells, once; a line for each."""
+    found = read_json(path).get("rows")
     for row in found if isinstance(found, list) else []:
-        one = Proof(*map(str, row)) if isinstance(row, list) and len(row) == 4 else None
-        for way in ways(task.wanted, one.kind) if one and one.kind in CHALLENGES else ():
-            problem = UNDO[way](task, one) if way in UNDO else ""
-            lines.append(f"{task.names[0]}: ended by {way} what a stopped run began{f': {problem}' if problem else ''}")
+        if isinstance(row, list) and [type(part) for part in row] == [str, str, list] and len(row[2]) == 4:
+            one = Published(row[0], row[1], Proof(*map(str, row[2])))
+            problem = undone(task, one, "failed") if one.way in LASTING else "nobody knows how"
+            yield (f"{task.names[0]}: {one.way} of {one.proof.name}, left by a run that was stopped, "
+                   + (f"cannot be undone, see to it yourself: {problem}" if problem else "is undone"))
     remove(path)
-    return lines
 
 
 @contextlib.contextmanager
 def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     """Answer the CA's questions for as long as this is open; ChallengeError says what cannot be answered, and why."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(journal(task, proofs))
+    journal, verdict = Journal(task), "failed"
+    try:
         for kind in dict.fromkeys(one.kind for one in proofs):
             some = [one for one in proofs if one.kind == kind]
-            means = [WAYS[way] for way in ways(task.wanted, kind) if way in WAYS]
-            for way in [by_tokens, *means] if kind == "http-01" else means:
+            for way in [*(["tokens"] if kind == "http-01" else []), *ways(task.wanted, kind)]:
                 try:
-                    stack.enter_context(way(task, some))
+                    if way in WAYS:
+                        WAYS[way](task, some, journal)
                 except (WucmeError, OSError) as error:
                     raise ChallengeError(sentence(error), kind) from error
         yield
+        verdict = "done"
+    finally:
+        journal.undo(task, verdict)
 
 
 # === 9. acme: the protocol, RFC 8555 ===========================================================
@@ -3166,7 +3261,7 @@ class Client:
 
     def nonce(self) -> str:
         """A fresh nonce (section 7.2)."""
-        for _ in range(FAULT_TRIES * 2):        # another worker may take the one that was asked for
+        for _ in range(NONCE_TRIES):        # another worker may take the one that was asked for
             try:
                 return self.nonces.pop()
             except IndexError:
@@ -3314,22 +3409,24 @@ class Client:
             token = ""
         elif token is None:
             return None
-        elif not isinstance(token, str) or not TOKEN.fullmatch(token):
+        elif not isinstance(token, str) or not TOKEN.fullmatch(token) or len(token) > 200:      # it names files
             raise ProtocolError(f"{self.url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
         return Challenge(kind, self.own_url(found.get("url"), "challenge"), token, str(found.get("status")),
                          error if isinstance(error, dict) else {}, found)
 
     def answer(self, challenge: Challenge) -> None:
         """Have the CA look for an answer; twice more if it says at once that it did not find it (section 8.2)."""
-        error: Json = {}
         for pause in (1.0, 3.0, 0.0):
             found = read_object(self.post(challenge.url, {}), challenge.url)
-            error = found["error"] if isinstance(found.get("error"), dict) else {}
-            if found.get("status") != "pending" or not error:
+            problem = found.get("error")
+            if found.get("status") != "pending" or not isinstance(problem, dict) or not problem:
                 return
+            if not pause:
+                error = AcmeError(with_remedy(problem_text(problem), problem_kind(problem), challenge.kind),
+                                  problem_kind(problem))
+                error.spent = [challenge.kind]
+                raise error
             self.world.sleep(pause)
-        kind = problem_kind(error)
-        raise AcmeError(with_remedy(problem_text(error), kind, challenge.kind), kind)
 
     def persistent_records(self, challenge: Challenge, name: str) -> list[str]:
         """The records of which one satisfies dns-persist-01 for a name, as the CA's draft of it has them."""
@@ -3384,8 +3481,10 @@ class Client:
 
     def complaint(self, order: Order, names: Sequence[str]) -> AcmeError:
         """Why an order turned invalid, name by name."""
-        found = [(one.name, challenge) for one in self.abandon(order, names) for challenge in one.challenges
-                 if challenge.error]
+        looked: list[Authorization] = []
+        with contextlib.suppress(NetworkError):     # the verdict stands, whatever else cannot be learnt
+            looked = self.abandon(order, names)
+        found = [(one.name, challenge) for one in looked for challenge in one.challenges if challenge.error]
         problems = [(f"{name}: ", one.kind, one.error) for name, one in found] or [("", "", order.error)]
         _, challenge, first = problems[0]
         text = "; ".join(f"{who}{problem_text(problem)}" for who, _, problem in problems)
@@ -3518,7 +3617,7 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     """The steps that make a checked chain and its key the live pair of an entry."""
     chain = b"".join(certificates(chain))
     rotate, linked = entry.wanted.rotate and not entry.wanted.csr, is_linked(entry)
-    old_key = private_key(read(entry.key)) if entry.whole else b""
+    old_key = private_key(read(entry.key)) if entry.whole and not entry.wanted.csr else b""
     same = old_key == private_key(key)
     first = back_ups([entry.chain] if same or linked else [entry.key, entry.chain], stamp)
     if same and not linked and not rotate:
@@ -3558,8 +3657,7 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     """Write the memory of a certificate, if it is other than what is written already."""
     memory = entry.memory._replace(**changes)
     if memory != entry.written:
-        about = {key: value for key, value in memory._asdict().items() if value != Memory._field_defaults[key]}
-        replace(state_path(directory, entry.name), json.dumps(about).encode())
+        replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
     return entry._replace(memory=memory, written=memory)
 
 
@@ -4465,21 +4563,26 @@ def give_up_order(entry: Entry, client: Client, run: RunScope) -> Entry:
 
 def obtain_by_some_way(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
     """Obtain one certificate by the first challenge types that work; each further try is a new order."""
-    met: list[WucmeError] = []
+    met: list[Exception] = []
     while True:
         try:
             return obtain(entry, by, task, run)
-        except (ChallengeError, AcmeError) as error:
+        except (WucmeError, OSError) as error:
             met.append(error)
-            left = tuple(kind for kind in task.kinds if kind not in error.spent)
-            fit = all(any(proves(kind, name) for kind in left) for name in task.names)
-            if error.spent and fit and task.world.monotonic() < task.until:
-                log(f"{task.names[0]}: {error}; trying {' or '.join(left)}")
-                task, entry = task._replace(kinds=left), give_up_order(entry, by.client, run)
+            spent = error.spent if isinstance(error, (ChallengeError, AcmeError)) else ()
+            left = tuple(kind for kind in task.kinds if kind not in spent)
+            if spent and all(any(proves(kind, name) for kind in left) for name in task.names):
+                log(f"{task.names[0]}: {sentence(error)}; trying {' or '.join(left)}")
+                task = task._replace(kinds=left, until=task.world.monotonic() + run.deadline)
+                entry = give_up_order(entry, by.client, run)
                 continue
             # What the CA refused must count for the ladder, whatever failed afterwards.
-            verdict = next((one for one in met if isinstance(one, AcmeError)), None)
-            raise verdict or ChallengeError("; ".join(map(str, met))) from error
+            refusals = [one for one in met if isinstance(one, AcmeError)]
+            if refusals:
+                raise max(refusals, key=lambda one: one.retry_after) from error
+            if len(met) > 1:
+                raise ChallengeError("; ".join(map(sentence, met))) from error
+            raise
 
 
 def preference(entry: Entry, settings: Settings) -> list[str]:
@@ -4539,7 +4642,7 @@ def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answe
     import threading
     monotonic, words = clients.world.monotonic, preference(entry, clients.settings)
     until = monotonic() + run.deadline
-    task = Task(wanted_names(entry), entry.wanted, kinds, until, answers, clients.world, threading.Event())
+    task = Task(wanted_names(entry), entry.wanted, kinds, until, answers, clients.world, threading.Event(), entry.name)
     for word in words[:-1]:
         try:
             return obtain_by_some_way(entry, clients.enter(word), task, run)
@@ -4567,7 +4670,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     if extra:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
     same = obtained.key is None or (entry.whole and public == entry.memory.key_hash)
-    secret = private_key(kept) if same else key_pem(cast("PrivateKey", obtained.key))
+    secret = b"" if obtained.key is None else private_key(kept) if same else key_pem(obtained.key)
     for step in switch(entry, obtained.chain, secret, mark):
         if not step.text.startswith("saving"):
             log(step.text)
@@ -4615,7 +4718,8 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
 def patience(entry: Entry, run: RunScope) -> float:
     """The seconds after which a certificate is given up for this run, whatever its worker does."""
     slow = 2 * entry.wanted.load_timeout * len(wanted_names(entry)) if entry.wanted.hook else 0.0
-    return run.deadline + 3 * run.timeout + slow + (entry.wanted.dns_wait if entry.wanted.nsupdate or slow else 0.0)
+    each = run.deadline + 3 * run.timeout + (entry.wanted.dns_wait if entry.wanted.nsupdate or slow else 0.0)
+    return len(entry.wanted.challenge) * each + slow
 
 
 def check_names(entry: Entry) -> Sequence[str]:
@@ -4833,7 +4937,7 @@ def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
             for step in straighten(entry):
                 log(step.text)
                 step.do()
-            remove(f"{entry.key}_tmp")
+            remove(f"{entry.files[-1]}_tmp")
     except (WucmeError, OSError) as error:
         return fail(entry, error, run, now)
     with contextlib.suppress(OSError):      # it can be learnt again
@@ -4866,7 +4970,7 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         yield from renew_all(due, settings, clients, now)
 
 
-def clean_up(settings: Settings, world: World) -> None:
+def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
     """Finish or undo what a run that was stopped left behind."""
     import threading
     directory = settings.run.directory
@@ -4877,9 +4981,9 @@ def clean_up(settings: Settings, world: World) -> None:
         path = os.path.join(answers.directory, name)
         names = read_json(path).get("names") if name.startswith(".") else None
         if isinstance(names, list) and names:
-            section = settings.sections.get(file_label(str(names[0])))
-            task = Task([str(one) for one in names], section.values if section else settings.default, (), 0.0, answers,
-                        world, threading.Event())
+            entry = inventory.entries.get(name[1:])
+            wanted = entry.wanted if entry else settings.default
+            task = Task([str(one) for one in names], wanted, (), 0.0, answers, world, threading.Event(), name[1:])
             for line in undo_left(task, path):
                 log(line)
 
@@ -4905,8 +5009,9 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         check_copies(settings, items, inventory)
         decisions = examine(inventory, request, now)
         if told := ask_windows(decisions, settings, clients, now):
-            decisions = examine(inventory._replace(entries={**inventory.entries, **told}), request, now)
-        clean_up(settings, world)
+            inventory = inventory._replace(entries={**inventory.entries, **told})
+            decisions = examine(inventory, request, now)
+        clean_up(inventory, settings, world)
         entries, outcomes = {}, []
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
@@ -5053,15 +5158,16 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
         try:
             client.revoke(der, REASONS[request.reason])
         except AcmeError as error:
-            if error.kind != "unauthorized" or not found or not found[0].fits:
+            if error.kind != "unauthorized" or not found or not found[0].fits or found[0].wanted.csr:
                 raise
             log(f"{name}: the account may not revoke it ({error}); once more by the certificate's own key")
             client.revoke(der, REASONS[request.reason], by=parse_key(read(found[0].key)))
         print(f"{name} is revoked")
         for entry in found:
             remember(run.directory, entry, revoked=entry.facts.fingerprint if entry.facts else "")
-            print("servers still serve it: the next run gets another, with a new key; for now: wucme.py renew "
-                  f"{entry.name}")
+            print("servers still serve it: " + (
+                f"make a new key and a request, {entry.key}; the next run then gets another" if entry.wanted.csr else
+                f"the next run gets another, with a new key; for now: wucme.py renew {entry.name}"))
     return Report(inventory.files, [], [])
 
 
