@@ -1490,8 +1490,8 @@ class TestSettings:
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         found = read_text("")
         assert found.run._replace(host="") == wucme.RunScope(
-            directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, lock_wait=600, timeout=20,
-            deadline=120, alert=(), metrics="", host="")
+            directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, orders=100, lock_wait=600,
+            timeout=20, deadline=120, alert=(), metrics="", host="")
         assert found.run.host == os.uname().nodename
         assert found.default == wucme.CertificateScope(
             server=("letsencrypt",), names=(), key="ecdsa-p256", rotate=False, renew=wucme.Renewal(auto=True),
@@ -2032,15 +2032,14 @@ class TestRarity:
     ])
     def test_runs_must_come_at_least_twice_between_the_renewal_point_and_the_end(
             self, lifetime: float, gaps: list[float], told: bool) -> None:
-        decision = wucme.decide(entry(known(lifetime, lifetime / 10)), NOW)
         runs = list(itertools.accumulate([NOW - sum(gaps), *gaps]))
-        said = wucme.too_rare(decision, runs)
+        said = wucme.too_rare(entry(known(lifetime, lifetime / 10)), runs)
         assert bool(said) is told
         assert not said or re.search(r"^www\.example\.org: runs come every [0-9.]+ hours, but .* run at least ", said)
 
     def test_what_is_never_renewed_or_not_there_needs_no_runs(self) -> None:
         for one in (entry(known(DAY, 0), renew="never"), entry(None)):
-            assert wucme.too_rare(wucme.decide(one, NOW), [0.0, 9 * DAY]) == ""
+            assert wucme.too_rare(one, [0.0, 9 * DAY]) == ""
 
 
 class TestPlan:
@@ -3405,13 +3404,13 @@ class TestLedger:
         stranger.save()
         assert not wucme.Ledger(str(tmp_path), "alpha").stranger
 
-    def test_the_machine_is_told_by_a_digest_of_its_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_machine_is_told_by_a_checksum_of_its_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         for text in (b"one", b"two"):
             monkeypatch.setattr(wucme, "read", lambda path, text=text: text)
             found.append(wucme.machine_id())
         assert len(set(found)) == 2
-        assert all(re.fullmatch("[0-9a-f]{32}", one) for one in found)
+        assert all(re.fullmatch("[0-9a-f]{8}", one) for one in found)
 
     def test_nothing_new_is_not_written(self, tmp_path: Path) -> None:
         wucme.Ledger(str(tmp_path), "alpha").save()
@@ -4242,8 +4241,19 @@ class TestCertificationAuthority:
         assert lab.run("renew", "--force").status == 0
         paths = [path.split("/")[1] for _, path, _ in fake.requests]
         assert [path for path, _ in itertools.groupby(paths)] == [
-            "directory", "new-order", "authz", "challenge", "order", "finalize", "order", "cert"]
+            "directory", "new-order", "authz", "challenge", "order", "finalize", "cert"]
         assert fake.connections - before == 1
+
+    def test_so_many_orders_a_run_and_the_most_urgent_first(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        for name, days in (("late", 20), ("later", 25), ("latest", 28)):
+            lab.old_pair(f"{name}.example.test", days=days)
+        done = lab.run("--orders", "2")
+        assert done.status == 1
+        assert done.lines[-1] == "6 files, 3 certs, 2 renewed, 0 failed"
+        assert "1 more are due, and left to the next run (orders = 2): latest.example.test" in done.err
+        assert orders(fake) == 2
+        assert lab.run("--orders", "2").status == 0
+        assert orders(fake) == 3
 
     def test_one_connection_a_worker(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for number in range(12):

@@ -111,6 +111,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import json
 import os
 import re
@@ -239,7 +240,7 @@ def sentence(error: BaseException) -> str:
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
-AT_ONCE = 8                     # requests for one certificate
+AT_ONCE = 10                    # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
 
 
@@ -730,6 +731,8 @@ def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("
 
     Those that could not be begun before `until`, on the monotonic clock, end with an error.
     """
+    if not jobs:
+        return
     import queue
     import threading
     waiting: queue.Queue[Job] = queue.Queue()
@@ -796,7 +799,7 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
                 raise FileError(f"{path}: not a regular file")
             if about.st_size > cap:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
-            return os.read(descriptor, cap)
+            return os.read(descriptor, about.st_size or cap)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -976,7 +979,7 @@ def open_append(path: str) -> int:
 def read_json(path: str) -> Json:
     """A state file; what is not there, torn, or foreign counts as empty."""
     try:
-        found = json.loads(read(path, 1 << 26))
+        found = json.loads(read(path, 1 << 26).decode())
     except (FileError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -1509,9 +1512,11 @@ def renewal(text: str) -> Renewal:
 
 def a_url(text: str) -> str:
     """An https URL, or none."""
+    if not text:
+        return text
     import urllib.parse
     at = urllib.parse.urlsplit(text)
-    if text and (at.scheme != "https" or not at.hostname or at.port == 0):
+    if at.scheme != "https" or not at.hostname or at.port == 0:
         raise ValueError("must be an https:// URL")
     return text
 
@@ -1584,6 +1589,8 @@ class RunScope(NamedTuple):
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each")
     workers: int = setting(a_number, "4", "how many certificates are obtained side by side")
+    orders: int = setting(a_number, "100", "how many certificates are ordered in one run, the most urgent first; the "
+                          "rest are left to the next")
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end")
     timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
@@ -1993,6 +2000,9 @@ class Memory(NamedTuple):
     revoked: str = ""               # fingerprint of a certificate that we revoked
 
 
+MEMORY_TYPES = {key: type(default) for key, default in Memory._field_defaults.items()}
+
+
 class Entry(NamedTuple):
     """One certificate: its files, what they say, and what the settings want of it."""
     name: str                       # NAME, as in its state file
@@ -2032,14 +2042,13 @@ class Inventory(NamedTuple):
 
 def state_path(directory: str, name: str) -> str:
     """Where the memory of one certificate is kept."""
-    return os.path.join(directory, f"wucme_s_{name.lower()}.json")
+    return f"{directory}/wucme_s_{name.lower()}.json"
 
 
 def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
-    kept = {key: found[key] for key, default in Memory._field_defaults.items()
-            if key in found and isinstance(found[key], type(default))}
+    kept = {key: value for key, value in found.items() if type(value) is MEMORY_TYPES.get(key)}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
             and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
@@ -2104,8 +2113,8 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         key = present.get(key_spelling(name).lower(), key_spelling(name))
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
-        entries[stem] = look(Entry(stem, os.path.join(directory, name), values.csr or os.path.join(directory, key),
-                                   memory, memory, values, section.own if section else frozenset()))
+        entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
+                                   values, section.own if section else frozenset()))
         declared.add(section.title if section else "")
     for label, section in sections.items():
         if section.title not in declared:
@@ -2163,6 +2172,12 @@ def renewal_time(about: Facts, rule: Renewal) -> float:
     return float("inf")
 
 
+def due_at(entry: Entry) -> float:
+    """The instant at which a certificate is due by its dates or its CA's wish; the end of time for never."""
+    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
+    return min(at, entry.memory.window[2]) if entry.memory.window and at < float("inf") else at
+
+
 def wanted_names(entry: Entry) -> tuple[str, ...]:
     """The names that a new certificate should have: those of the settings, else those it has."""
     return entry.wanted.names or (entry.facts.names if entry.facts else ())
@@ -2210,9 +2225,7 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
 
 def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) -> Decision:
     """Whether a certificate is due, with the reason in words; `named` skips our ladder, `forced` all."""
-    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
-    if entry.memory.window and at < float("inf"):
-        at = min(at, entry.memory.window[2])
+    at = due_at(entry)
     if entry.blocked or not wanted_names(entry):
         return Decision(entry, False, entry.fault, at)
     if forced:
@@ -2226,13 +2239,13 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     return Decision(entry, bool(reason), reason, at)
 
 
-def too_rare(decision: Decision, runs: Sequence[float]) -> str:
+def too_rare(entry: Entry, runs: Sequence[float]) -> str:
     """What to say if runs come so rarely that a certificate could expire between two of them, or ""."""
-    about, gaps = decision.entry.facts, [late - early for early, late in zip(runs, runs[1:])]
-    room = about.not_after - decision.renew_at if about else 0.0
-    if not gaps or room <= 0 or min(gaps) <= room / 2:
+    about, gap = entry.facts, min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
+    room = about.not_after - due_at(entry) if about else 0.0
+    if room <= 0 or gap <= room / 2:
         return ""
-    return (f"{decision.entry.title}: runs come every {min(gaps) / 3600:.1f} hours, but from the time to renew it to "
+    return (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
             f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
 
 
@@ -3574,10 +3587,10 @@ def finish(client: Client, order: Order, names: Sequence[str], request: bytes, u
     """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
     if order.status == "ready":
         log(f"{names[0]}: finalizing order at {order.finalize}")
-        client.post(order.finalize, {"csr": base64url(request)})
+        answer = client.post(order.finalize, {"csr": base64url(request)})
+        order = client.parse_order(order.url, read_object(answer, order.url), names)
+    if order.status in ("processing", "ready"):
         order = client.settle(order, names, ("processing", "ready"), until)
-    elif order.status == "processing":
-        order = client.settle(order, names, ("processing",), until)
     if order.status == "invalid":
         raise client.complaint(order, names)
     if order.status != "valid" or not order.certificate:
@@ -3847,13 +3860,13 @@ class Alarm(NamedTuple):
 
 
 def machine_id() -> str:
-    """A digest of what makes this machine this machine."""
-    import hashlib
+    """A checksum of what makes this machine this machine; too short to tell it."""
+    import binascii
     try:
         text = read("/etc/machine-id")
     except FileError:
         text = os.uname().nodename.encode()
-    return hashlib.sha256(b"wucme " + text).hexdigest()[:32]
+    return f"{binascii.crc32(text):08x}"        # to load hashlib takes longer than the rest of it
 
 
 class Ledger:
@@ -3922,13 +3935,13 @@ class Duty(NamedTuple):
 
 def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """The items of several lists, each once, so that every list's own order is kept where that can be."""
-    import graphlib
     found = list(dict.fromkeys(tuple(one) for one in lists))
     before: dict[str, list[str]] = {}
     for one in found:
         for place, text in enumerate(one):
             before.setdefault(text, []).extend(one[max(0, place - 1):place])
     if len(found) > 1:
+        import graphlib
         with contextlib.suppress(graphlib.CycleError):
             return list(graphlib.TopologicalSorter(before).static_order())
     return list(before)
@@ -4773,7 +4786,13 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
 def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """Obtain and store every certificate that is due, the most urgent first."""
     run = settings.run
-    urgent = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    ranked = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    urgent, later = ranked[:run.orders], ranked[run.orders:]
+    if later:
+        log(f"{len(later)} more are due, and left to the next run (orders = {run.orders}): "
+            + ", ".join(entry.title for entry in later[:3]) + " ..." * (len(later) > 3))
+    for entry in later:
+        yield entry, Outcome(entry.title, "held")
     answers = Answers(run.directory)
     listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
                                          for place in places(entry.wanted, kind)), answers)
@@ -4977,8 +4996,7 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         else:
             if one.held:
                 log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
-            spent = one.entry.whole and not one.held and not decide(one.entry, now).due
-            if spent:
+            if one.entry.whole and not one.reason:
                 yield one.entry, wind_up(one.entry, run, now)
                 continue
             with contextlib.suppress(OSError):      # it can be learnt again
@@ -5040,15 +5058,16 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         log("certificate management")
         inventory = take_stock(settings)
         check_copies(settings, items, inventory)
-        told = ask_windows(examine(inventory, request, now), settings, clients, now)
-        inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
+        if told := ask_windows(decisions, settings, clients, now):
+            inventory = inventory._replace(entries={**inventory.entries, **told})
+            decisions = examine(inventory, request, now)
         clean_up(inventory, settings, world)
         entries, outcomes = {}, []
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
-        warnings = list(filter(None, (too_rare(decide(entry, now), runs) for entry in entries.values())))
+        warnings = list(filter(None, (too_rare(entry, runs) for entry in entries.values())))
         for warning in warnings:
             log(warning, wrong=True)
         ledger = open_ledger(run)
@@ -5428,7 +5447,9 @@ def argument_parser() -> argparse.ArgumentParser:
             hint = nearest(word, self._option_string_actions) if word.startswith("--") else ";"
             raise SettingsError(f"{message}{hint} See --help")
 
-    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False)
+    # Without a width argparse would ask for that of the terminal, once for each option.
+    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False,
+                    formatter_class=functools.partial(argparse.HelpFormatter, width=99))
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
@@ -5537,6 +5558,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     if "GATEWAY_INTERFACE" in os.environ:       # called by a web server: answers the CA, and does nothing else
         os.write(1, respond(os.environ))
         return 0
+    gc.set_threshold(100_000)       # what is made by the thousand lives to the end
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -5566,5 +5588,14 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         return 1
 
 
+def leave(status: int) -> NoReturn:
+    """End with this status, and leave it to the kernel to take down what is left."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        status = status or 1
+    os._exit(status)            # Python's own way takes as long as a look at a hundred certificates
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
