@@ -2399,7 +2399,7 @@ class TestWays:
         journal.add("webroot", proofs[1], str(tmp_path / "file"))
         journal.add("nsupdate", proofs[0], "_acme-challenge.a.example.")
         journal.add("hook", proofs[0])
-        journal.undo(task, "done")
+        wucme.undo_all(journal, task, "done")
         assert not (tmp_path / "file").exists()
         assert [row.way for row in journal.rows] == ["hook"]
         assert "no hook for it is set any more" in "".join(log.held)
@@ -2425,7 +2425,7 @@ class TestWays:
         journal.add("webroot", wucme.Proof(HTTP, "a.example", "t", "x"), str(tmp_path / "file"))
         (tmp_path / "file").touch()
         wucme.ending.number = signal.SIGTERM
-        journal.undo(task, "failed")
+        wucme.undo_all(journal, task, "failed")
         assert (tmp_path / "file").exists()
         assert len(list(wucme.undo_left(task, journal.path))) == 1
         assert not (tmp_path / "file").exists()

@@ -789,6 +789,22 @@ def reserved(label: str) -> bool:
     return label == "account" or label.startswith("account_")
 
 
+class Owner(NamedTuple):
+    """Mode and owner of a file."""
+    mode: int
+    uid: int
+    gid: int
+
+
+def owner(path: str, mode: int) -> Owner:
+    """Mode and owner that a new file in this place should have: the present one's, else `mode` and ours."""
+    try:
+        about = os.stat(path)
+        return Owner(stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid)
+    except OSError:
+        return Owner(mode, os.geteuid(), os.getegid())
+
+
 def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
@@ -831,22 +847,6 @@ def write_all(descriptor: int, data: bytes) -> None:
     """Write every byte."""
     while data:
         data = data[os.write(descriptor, data):]
-
-
-class Owner(NamedTuple):
-    """Mode and owner of a file."""
-    mode: int
-    uid: int
-    gid: int
-
-
-def owner(path: str, mode: int) -> Owner:
-    """Mode and owner that a new file in this place should have: the present one's, else `mode` and ours."""
-    try:
-        about = os.stat(path)
-        return Owner(stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid)
-    except OSError:
-        return Owner(mode, os.geteuid(), os.getegid())
 
 
 OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
@@ -2680,17 +2680,6 @@ class Journal:
         self.rows.append(Published(way, place, proof))
         self.save()
 
-    def undo(self, task: Task, verdict: str) -> None:
-        """Undo it all; what cannot be undone now stays noted. On a signal there is no time for it."""
-        if ending.number:
-            return
-        problems = [(row, undone(task, row, verdict)) for row in self.rows]
-        for row, problem in problems:
-            if problem:
-                log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
-        self.rows = [row for row, problem in problems if problem]
-        self.save()
-
 
 def by_tokens(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have the listener and tokens/ answer http-01."""
@@ -2969,6 +2958,18 @@ def undone(task: Task, row: Published, verdict: str) -> str:
         return sentence(error)
 
 
+def undo_all(journal: Journal, task: Task, verdict: str) -> None:
+    """Undo what is published; what cannot be undone now stays noted. On a signal there is no time for it."""
+    if ending.number:
+        return
+    problems = [(row, undone(task, row, verdict)) for row in journal.rows]
+    for row, problem in problems:
+        if problem:
+            log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
+    journal.rows = [row for row, problem in problems if problem]
+    journal.save()
+
+
 def undo_left(task: Task, path: str) -> Iterator[str]:
     """Undo what the journal of a killed run tells, once; a line for each."""
     found = read_json(path).get("rows")
@@ -2997,7 +2998,7 @@ def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
         yield
         verdict = "done"
     finally:
-        journal.undo(task, verdict)
+        undo_all(journal, task, verdict)
 
 
 # === 9. acme: the protocol, RFC 8555 ===========================================================
