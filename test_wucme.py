@@ -3705,8 +3705,8 @@ class TestShape:
                 "'urllib.request', 'logging', 'dataclasses', 'subprocess', 'asyncio', 'socket'); "
                 "print(status, [name for name in heavy if name in sys.modules])")
         done = subprocess.run(
-            [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True, cwd="/",
-            env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+            [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True,
+            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
         assert (done.stdout, done.stderr) == ("0 []\n", "")
         assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
 
