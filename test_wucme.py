@@ -3058,7 +3058,7 @@ class TestStore:
                   "wucme_c_x.pem_20260213002000860", "wucme_k_x.pem_2026021300200086"]
         for name in [*others, *(f"wucme_c_x.pem_{stamp}" for stamp in stamps)]:
             (tmp_path / name).touch()
-        wucme.prune(str(tmp_path / "wucme_c_x.pem"), keep)
+        wucme.prune(str(tmp_path), ["wucme_c_x.pem"], keep)
         assert set(os.listdir(tmp_path)) == {*others, *(f"wucme_c_x.pem_{one}" for one in stamps[max(0, 4 - keep):])}
 
     def test_sweep_removes_what_was_left_but_for_what_is_kept(self, tmp_path: Path) -> None:

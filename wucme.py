@@ -3679,12 +3679,15 @@ def straighten(entry: Entry) -> list[Step]:
     return (put_key(entry, key) if is_linked(entry) else []) + put_plain(entry, b"".join(certificates(both)))
 
 
-def prune(path: str, keep: int) -> None:
-    """Delete all but the newest backups of a live path."""
-    directory, base = os.path.split(path)
-    form = re.compile(re.escape(base) + r"_\d{16}")
-    for name in sorted((name for name in os.listdir(directory) if form.fullmatch(name)), reverse=True)[keep:]:
-        remove(os.path.join(directory, name))
+def prune(directory: str, bases: Iterable[str], keep: int) -> None:
+    """Delete all but the newest backups of each of these live files."""
+    left = dict.fromkeys(bases, keep)
+    for name in sorted(os.listdir(directory), reverse=True):
+        base, _, stamp = name.rpartition("_")
+        if base in left and re.fullmatch("[0-9]{16}", stamp):
+            left[base] -= 1
+            if left[base] < 0:
+                remove(os.path.join(directory, name))
 
 
 def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
@@ -4715,7 +4718,6 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
         step.do()
     for path in entry.files:
         remove(f"{path}_tmp")
-        prune(path, run.backups)
     log(f"wuCME successful {entry.title} {'renewal' if entry.facts else 'issue'}")
     found = look(entry)
     if not found.whole:
@@ -4812,6 +4814,8 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
                 clients.enter(preference(entries[job.name], settings)[0])
         for name, result in gather(jobs, run.workers, clients.world, clients.until):
             yield conclude(entries[name], result, run, now, clients.world)
+        with contextlib.suppress(OSError):      # too many backups do no harm
+            prune(run.directory, (os.path.basename(path) for one in urgent for path in one.files), run.backups)
     finally:
         for listener in listeners:
             listener.close()
