@@ -1185,6 +1185,12 @@ def brief(value: object) -> str | None:
     return f"{len(value)} bytes" if isinstance(value, bytes) else None
 
 
+def der(tag: int, *parts: bytes) -> bytes:
+    """A value of less than 256 bytes in DER."""
+    body = b"".join(parts)
+    return bytes([tag, len(body)] if len(body) < 128 else [tag, 0x81, len(body)]) + body
+
+
 class TestKeys:
     @pytest.mark.parametrize("kind", ["ecdsa-p256", "ecdsa-p384", "rsa-2048"])
     def test_a_key_goes_to_pem_and_comes_back(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
@@ -1220,6 +1226,28 @@ class TestKeys:
         pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
         found = wucme.parse_key(CHAIN + pem.replace(b"\n", b"\r\n"))
         assert wucme.key_hash(found.public_key()) == wucme.key_hash(key.public_key())
+
+    @pytest.mark.parametrize("plain", [False, True])
+    @pytest.mark.parametrize(("curve", "oid"), [(ec.SECP256R1(), "06082a8648ce3d030107"),
+                                                (ec.SECP384R1(), "06052b81040022")])
+    @pytest.mark.parametrize("change", [1, -1])
+    def test_numbers_longer_or_shorter_than_their_curve_are_read(self, curve: Any, oid: str, plain: bool,
+                                                                 change: int) -> None:
+        size = (curve.key_size + 7) // 8
+        key = ec.derive_private_key(3 << (8 * size - 16), curve)    # its first octet is zero
+        number = key.private_numbers().private_value.to_bytes(size + change, "big")
+        point = key.public_key().public_bytes(serialization.Encoding.X962,
+                                              serialization.PublicFormat.UncompressedPoint)
+        named = bytes.fromhex(oid)
+        found = der(0x30, b"\x02\x01\x01", der(4, number), b"" if plain else der(0xa0, named),
+                    der(0xa1, der(3, b"\0" + point)))
+        if plain:
+            kind = der(0x30, bytes.fromhex("06072a8648ce3d0201"), named)
+            found = der(0x30, b"\x02\x01\x00", kind, der(4, found))
+        label = b"PRIVATE KEY-----" if plain else b"EC PRIVATE KEY-----"
+        pem = b"-----BEGIN " + label + b"\n" + base64.encodebytes(found) + b"-----END " + label + b"\n"
+        for read in (wucme.parse_key, wucme.parse_odd_key):
+            assert wucme.key_hash(read(pem).public_key()) == wucme.key_hash(key.public_key())
 
     @pytest.mark.parametrize(("key", "reason"), [
         (b"", "holds no (whole )?private key"),
@@ -1506,7 +1534,8 @@ class TestSettings:
         assert found.default == wucme.CertificateScope(
             server=("letsencrypt",), names=(), key="ecdsa-p256", rotate=False, renew=wucme.Renewal(auto=True),
             listen=None, load=(), load_timeout=300, grace=10, profile="", chain="", csr="", challenge=("http-01",),
-            listen_tls=None, webroot=(), stateless=False, hook=None, nsupdate=None, dns_wait=120)
+            listen_tls=None, webroot=(), stateless=False, hook=None, nsupdate=None, dns_wait=120,
+            must_staple=False)
         assert found.other_server == wucme.ServerScope(
             url="", ca_file="", proxy="", contact=(), agree=False, eab_kid="", eab_hmac=wucme.Secret(""),
             eab_hmac_file="", eab_alg="HS256", profile="", chain="")
@@ -3562,7 +3591,8 @@ LAYERS: dict[int, tuple[str, set[int]]] = {
     11: ("load", {1, 2, 3, 4, 5}),
     12: ("report", {1, 7}),
     13: ("run", set(range(1, 13))),
-    16: ("command line", set(range(1, 14))),
+    15: ("uacme", set(range(1, 14))),
+    16: ("command line", set(range(1, 16))),
 }
 
 
@@ -7069,3 +7099,469 @@ def test_children_are_told_no_secret(tmp_path: Path) -> None:
     lab.said += lab.key().read_text()
     assert told_secrets(lab), "or this test could not see one"
     lab.said = ""
+
+
+# --- as uacme: the same calls, by uacme itself and by wucme.py --uacme, side by side ------------
+
+class Twin(NamedTuple):
+    """One of two programs that are called alike: how, where, and what its hook noted."""
+    command: list[str]
+    home: Path
+    environment: dict[str, str]
+
+    def run(self, arguments: Sequence[object], **environment: str) -> Done:
+        """Run it in its home, with its own directory for {home}."""
+        words = [str(word).replace("{home}", str(self.home)) for word in arguments]
+        done = subprocess.run([*self.command, *words], env={**self.environment, **environment}, cwd=self.home,
+                              check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+        assert b"Traceback" not in done.stderr, done.stderr
+        return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def files(self) -> dict[str, str]:
+        """Modes by path of all that is in its directory, and of what is beside its requests; the time taken away."""
+        found = [*(self.home / "conf").rglob("*"), *self.home.glob("*.pem")] + [self.home / "conf"]
+        return {re.sub(r"-1\d{9}(?=\.pem)", "-EPOCH", str(path.relative_to(self.home))): oct(mode(path))
+                for path in found if path.exists()}
+
+    def calls(self) -> list[str]:
+        """The calls of its hook in their order, but of declined ones, since a CA may offer in any order."""
+        calls = [re.sub(r"[\w-]{43}", "X", call) for call in arguments(self.home / "hook")]
+        return [call for call in calls if "http-01" in call or "wild" in call]
+
+    def certificate(self, name: str = "a.example.test") -> wucme.Facts:
+        """What its live certificate says, whose key must fit."""
+        about = wucme.facts((self.home / "conf" / name / "cert.pem").read_bytes())
+        key = wucme.parse_key((self.home / "conf/private" / name / "key.pem").read_bytes())
+        assert about.key == wucme.key_hash(key.public_key())
+        return about
+
+
+def our_twin(home: Path, url: str, ca_file: Path, *options: str) -> Twin:
+    """wucme.py as uacme, with a directory of its own in a home of its own."""
+    home.mkdir()
+    command = [sys.executable, "-W", "error", str(SCRIPT), "--uacme", "-a", url, "-c", f"{home}/conf", *options]
+    return Twin(command, home, {"PATH": os.environ["PATH"], "HOME": str(home), "UACME_CAINFO": str(ca_file),
+                                "PYTHONDONTWRITEBYTECODE": "1", "no_proxy": "localhost"})
+
+
+@pytest.fixture(scope="module")
+def pebble24(tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Pebble]:
+    """A test CA that is old enough for the uacme of Debian, and believes whatever a hook has accepted."""
+    directory = tmp_path_factory.mktemp("pebble24")
+    with testbed.Pebble(directory, binaries=testbed.setup("pebble24"), always_valid=True) as ca:
+        yield ca
+
+
+class Twins(NamedTuple):
+    """uacme and wucme.py as uacme, each with a directory and an account of its own at one CA."""
+    theirs: Twin
+    ours: Twin
+
+    def both(self, *arguments: object, status: int) -> None:
+        """Run both alike, which must end with this status and leave the same behind."""
+        ends = [twin.run(arguments) for twin in self]
+        assert [end.status for end in ends] == [status, status], ends
+        assert self.theirs.files() == self.ours.files()
+        calls = [twin.calls() for twin in self]
+        assert sorted(calls[0]) == sorted(calls[1])
+        for one, after in zip(*[iter(calls[1])] * 2):     # a name is done with before the next is begun
+            assert one.split()[1:] == after.split()[1:], calls
+
+
+HTTP_ONLY = '[ "$1" != begin ] || [ "$2" = http-01 ]\n'
+
+
+@pytest.fixture
+def twins(pebble24: testbed.Pebble, tmp_path: Path) -> Twins:
+    """Both programs, with hooks that take nothing but http-01."""
+    ours = our_twin(tmp_path / "ours", pebble24.directory_url, pebble24.ca_file)
+    home = tmp_path / "theirs"
+    home.mkdir()
+    binary, environment = testbed.uacme_trusting(home, pebble24.ca_file)
+    theirs = Twin([binary, *(word.replace("/ours/", "/theirs/") for word in ours.command[5:])], home,
+                  {**ours.environment, "HOME": str(home), **environment})
+    for twin in (theirs, ours):
+        recorder(twin.home, HTTP_ONLY)
+    return Twins(theirs, ours)
+
+
+BAD_CALLS = ["", "-V", "-?", "--help", "--version", "what", "-x issue a.b", "issue", "new a b", "deactivate now",
+             "newkey now", "revoke", "revoke a b c", "revoke nowhere.pem", "-b 100 -y new", "-b 2049 -y new",
+             "-t EC -b 521 -y new", "-t DSA new", "-d 0 issue a.b", "-d x issue a.b", "-r -1 revoke a", "-r x revoke a",
+             "-s new", "-e nocolon -y new", "-h nowhere issue a.b", "-l 0 issue a.b", "-l A issue a.b",
+             "-l AA issue a.b", "issue a.b", "update", "-n new", "issue a..b",
+             "issue *", "issue a/../b.c", "issue a.*.b"]
+
+
+@pytest.mark.process
+@pytest.mark.pebble
+@pytest.mark.servers
+class TestLikeUacme:
+    """What uacme does and what wucme.py --uacme does: exit status, files, their modes, the calls of the hook."""
+
+    def test_calls_that_it_refuses(self, twins: Twins) -> None:
+        for call in BAD_CALLS:
+            twins.both(*call.split(), status=2)
+        assert twins.ours.files() == {}
+
+    def test_accounts(self, twins: Twins, pebble24: testbed.Pebble) -> None:
+        twins.both("new", status=2)
+        twins.both("-y", "new", "-n", status=2)
+        twins.both("new", "-yv", "x@example.org", status=0)
+        twins.both("--yes", "new", status=2)
+        twins.both("update", "y@example.org", status=0)
+        twins.both("update", status=0)
+        twins.both("-n", "newkey", status=2)
+        twins.both("newkey", "-t", "ec", "--bits=384", status=0)
+        kinds = [wucme.key_kind(wucme.parse_key((twin.home / "conf/private/key.pem").read_bytes()).public_key())
+                 for twin in twins]
+        assert kinds == ["ecdsa-p384", "ecdsa-p384"]
+        twins.both("deactivate", status=0)
+        twins.both("update", "z@example.org", status=2)
+
+    def test_certificates(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        names = "a.example.test", "b.example.test"
+        twins.both("-n", "-h", "{home}/hook", "issue", *names, status=2)
+        twins.both("issue", *names, status=2)
+        twins.both("-h", "{home}/hook", "issue", *names, status=0)
+        first = [twin.certificate() for twin in twins]
+        assert [set(one.names) for one in first] == [set(names)] * 2
+        assert [one.kind for one in first] == ["rsa-2048"] * 2
+        twins.both("issue", "--ho={home}/hook", *names, status=1)
+        twins.both("issue", "-v", "a.example.test", status=1)
+        twins.both("-h", "{home}/hook", "issue", "b.example.test", "-t", "EC", status=0)
+        assert [twin.certificate("b.example.test").kind for twin in twins] == ["ecdsa-p256"] * 2
+        twins.both("-h", "{home}/hook", "issue", *names, "c.example.test", status=0)
+        twins.both("--force", "-n", "-h", "{home}/hook", "issue", *names, status=0)
+        twins.both("-d", "91", "-h", "{home}/hook", "issue", *names, status=0)
+        twins.both("-d", "80", "-h", "{home}/hook", "issue", *names, status=1)
+        assert all(twin.certificate() != before for twin, before in zip(twins, first))
+
+    def test_wildcards_addresses_and_declined_types(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        twins.both("-h", "{home}/hook", "issue", "*.wild.test", status=2)
+        for twin in twins:
+            recorder(twin.home, '[ "$1" != begin ] || [ "$2" = dns-01 ]\n')
+        twins.both("-h", "{home}/hook", "issue", "*.wild.test", "wild.test", status=0)
+        assert "begin dns-01 wild.test X X" in [call.rsplit(" ", 1)[0] for call in twins.ours.calls()]
+        twins.both("-h", "{home}/hook", "issue", "127.0.0.1", status=2)
+        for twin in twins:
+            recorder(twin.home, "[ $1 = begin ] && kill -9 $$; true\n")
+        twins.both("-h", "{home}/hook", "issue", "killed.test", status=2)
+
+    def test_signing_requests(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        request = x509.CertificateSigningRequestBuilder().subject_name(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "c.example.test")]))
+        request = request.add_extension(x509.SubjectAlternativeName([x509.DNSName("d.example.test")]), False)
+        pem = request.sign(KEY, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        for twin in twins:
+            (twin.home / "r.1.csr").write_bytes(pem)
+            (twin.home / "junk.csr").write_bytes(b"junk")
+        twins.both("-h", "{home}/hook", "issue", "junk.csr", status=2)
+        twins.both("-h", "{home}/hook", "issue", "r.1.csr", "e.example.test", status=2)
+        twins.both("-h", "{home}/hook", "issue", "r.1.csr", status=0)
+        twins.both("-h", "{home}/hook", "issue", "r.1.csr", status=1)
+        twins.both("-h", "{home}/hook", "issue", "{home}/r.1.csr", "-f", status=0)
+        found = wucme.facts((twins.ours.home / "r.1-cert.pem").read_bytes())
+        assert (found.key, set(found.names)) == (wucme.key_hash(KEY.public_key()), {"c.example.test", "d.example.test"})
+
+    def test_revocations(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        cert, key = "{home}/conf/a.example.test/cert.pem", "{home}/conf/private/a.example.test/key.pem"
+        for extra in ([], ["-r", "1"], [key]):
+            twins.both("-h", "{home}/hook", "issue", "a.example.test", status=0)
+            twins.both("revoke", cert, *extra, status=0)
+            time.sleep(1.1)     # or the next takes the same name for what it puts aside
+        twins.both("revoke", key, status=2)
+        twins.both("revoke", cert, status=2)
+
+    def test_either_goes_on_with_what_the_other_made(self, twins: Twins) -> None:
+        twins.both("-y", "new", "-t", "EC", status=0)
+        for first, then in (twins, twins[::-1]):
+            name = f"{first.home.name}.example.test"
+            issue = ["-h", "{home}/hook", "issue", name]
+            assert first.run(issue).status == 0
+            crossed = Twin([word.replace(str(then.home), str(first.home)) for word in then.command], then.home,
+                           then.environment)
+            assert crossed.run(issue).status == 1
+            assert crossed.run(["-f", *issue]).status == 0, "with its account, its keys and its directory"
+            first.certificate(name)
+            assert first.run(["-f", *issue]).status == 0
+
+
+@pytest.fixture
+def alike(fake: fakeca.FakeCA, tmp_path: Path) -> Twin:
+    """wucme.py as uacme with an account at a CA that can be told to misbehave."""
+    twin = our_twin(tmp_path / "alike", fake.url, fake.ca_file)
+    recorder(twin.home, HTTP_ONLY)
+    fake.always_valid = True
+    assert twin.run(["-y", "new"]).status == 0
+    return twin
+
+
+ISSUE = ["-h", "{home}/hook", "issue", "a.example.test"]
+
+
+@pytest.mark.process
+class TestAsUacme:
+    """What only uacme 1.8 does, and what is done better than there."""
+
+    def test_check_says_whether_it_is_due(self, alike: Twin) -> None:
+        assert alike.run(["check", "a.example.test"]).status == 2, "there is no key yet"
+        assert alike.run(ISSUE).status == 0
+        before = alike.files()
+        assert alike.run(["check", "a.example.test"]).status == 1
+        assert alike.run(["-i", "-d", "365", "check", "a.example.test"]).status == 0
+        assert alike.run(["check", "a.example.test", "b.example.test"]).status == 0
+        assert alike.run(["check", "-f", "a.example.test"]).status == 0
+        assert alike.files() == before
+
+    @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Tokyo"])
+    def test_window_of_the_ca_counts_in_utc_and_alone(self, fake: fakeca.FakeCA, alike: Twin, zone: str) -> None:
+        assert alike.run(ISSUE).status == 0
+        old, now = alike.certificate(), datetime.now(timezone.utc)
+        fake.window = now + timedelta(hours=2), now + timedelta(hours=3)
+        assert alike.run([*ISSUE, "-d", "365"], TZ=zone).status == 1
+        fake.window = now - timedelta(hours=3), now - timedelta(hours=2)
+        assert alike.run(["-i", "check", "a.example.test"], TZ=zone).status == 1
+        assert alike.run(ISSUE, TZ=zone).status == 0
+        payload = [payload for _, path, payload in fake.requests if path == "/new-order"][-1]
+        assert payload["replaces"] == old.ari
+
+    def test_a_new_key_comes_with_each_certificate_or_not_at_all(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        assert alike.run(["-k", "-t", "EC", *ISSUE]).status == 0
+        old, before = alike.certificate(), alike.files()
+        assert "conf/private/a.example.test/key-EPOCH.pem" not in before
+        assert alike.run(["-k", "-n", *ISSUE]).status == 2
+        fake.failing_names.add("a.example.test")
+        assert alike.run(["-f", "-k", *ISSUE]).status == 2
+        assert arguments(alike.home / "hook")[-1].startswith("failed http-01 a.example.test ")
+        assert (alike.certificate(), alike.files()) == (old, before)
+        fake.failing_names.clear()
+        assert alike.run(["-f", "-k", "-t", "EC", *ISSUE]).status == 0
+        assert alike.certificate().key != old.key
+        assert alike.files() == {**before, "conf/private/a.example.test/key-EPOCH.pem": "0o400",
+                                 "conf/a.example.test/cert-EPOCH.pem": "0o444"}
+
+    def test_a_certificate_that_does_not_fit_is_not_put_there(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        assert alike.run(ISSUE).status == 0
+        old, before = alike.certificate(), alike.files()
+        fake.misbehave("cert_other_key")
+        assert alike.run(["-f", *ISSUE]).status == 2
+        assert (alike.certificate(), alike.files()) == (old, before)
+
+    def test_modes_that_were_changed_stay(self, alike: Twin) -> None:
+        assert alike.run(ISSUE).status == 0
+        (alike.home / "conf/private").chmod(0o750)
+        (alike.home / "conf/private/a.example.test/key.pem").chmod(0o440)
+        before = alike.files()
+        assert alike.run(["-f", "-k", *ISSUE]).status == 0
+        assert {path: mode for path, mode in alike.files().items() if path in before} == before
+
+    def test_a_lasting_record_is_offered_as_it_must_stand(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        recorder(alike.home, '[ "$1" != begin ] || [ "$2" = dns-persist-01 ]\n')
+        fake.records = lambda name: [noted(alike.home / "hook")[-1][0][4].strip('"')]
+        assert alike.run(["-h", "{home}/hook", "issue", "*.a.example.test"]).status == 0
+        calls = [call for call, _ in noted(alike.home / "hook") if call[1] == "dns-persist-01"]
+        account = next(iter(fake.accounts.values())).url
+        text = f'"fakeca.example; accounturi={account}; policy=wildcard"'
+        assert calls == [[verb, "dns-persist-01", "a.example.test", "fakeca.example", text]
+                         for verb in ("begin", "done")]
+        assert not [call for call, _ in noted(alike.home / "hook") if call[1] == "unheard-of-01"]
+
+    def test_rate_limits_are_told_with_their_end(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        fake.misbehave("rate_limited")
+        fake.retry_after = "3600"
+        done = alike.run(ISSUE)
+        assert done.status == 2
+        assert "rateLimited: too many certificates" in done.err
+        assert sum(path == "/new-order" for _, path, _ in fake.requests) == 1
+
+    @pytest.mark.parametrize("bits", ["", ":256", ":384", ":512"])
+    def test_accounts_bound_to_others(self, tmp_path: Path, bits: str) -> None:
+        mac = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
+        with fakeca.FakeCA(tmp_path, eab={"kid-1": mac}) as fake:
+            twin = our_twin(tmp_path / "home", fake.url, fake.ca_file)
+            assert twin.run(["-y", "-e", f"kid-2:{mac}{bits}", "new"]).status == 2
+            assert twin.run(["-y", "-e", f"kid-1:{mac}{bits}", "new"]).status == 0
+            binding = next(payload for _, path, payload in fake.requests[::-1]
+                           if path == "/new-account" and "externalAccountBinding" in payload)["externalAccountBinding"]
+        header = json.loads(fakeca.unb64(binding["protected"]))
+        assert (header["alg"], header["kid"]) == (f"HS{bits[1:] or 256}", "kid-1")
+
+    def test_profiles_and_staples(self, tmp_path: Path) -> None:
+        with fakeca.FakeCA(tmp_path, profiles={"shortlived": "six days"}) as fake:
+            fake.always_valid = True
+            twin = our_twin(tmp_path / "home", fake.url, fake.ca_file)
+            recorder(twin.home)
+            assert twin.run(["-y", "new"]).status == 0
+            done = twin.run(["-p", "long", *ISSUE])
+            assert (done.status, "shortlived" in done.err) == (2, True)
+            assert twin.run(["-m", "-p", "shortlived", *ISSUE]).status == 0
+            csr = next(payload["csr"] for _, path, payload in fake.requests[::-1] if path.startswith("/finalize/"))
+            assert [payload["profile"] for _, path, payload in fake.requests if path == "/new-order"] == ["shortlived"]
+        found = wucme.extension(x509.load_der_x509_csr(fakeca.unb64(csr)), x509.TLSFeature)
+        assert found is not None
+        assert list(found) == [x509.TLSFeatureType.status_request]
+
+    def test_what_a_hook_says_is_passed_on(self, alike: Twin) -> None:
+        recorder(alike.home, "echo heard; pwd; umask\n" + HTTP_ONLY)
+        done = alike.run(ISSUE)
+        assert done.status == 0
+        assert f"heard\n{alike.home}\n" in done.err
+        assert re.sub(r"(?m)^(heard|/.*|00\d\d)\n", "", done.err) == "", "and nothing else without -v"
+        assert {told["UACME_CONFDIR"] for _, told in noted(alike.home / "hook")} == {f"{alike.home}/conf"}
+        assert noted(alike.home / "hook")[0][1]["UACME_VERBOSE"] == "0"
+        assert "heard" in alike.run(["-vvf", *ISSUE]).err
+        assert noted(alike.home / "hook")[-1][1]["UACME_VERBOSE"] == "2"
+
+    @pytest.mark.parametrize(("answer", "status"), [(b"y\n", "successful"), (b"n\n" * 9, "no challenge was taken up")])
+    def test_without_a_hook_it_asks(self, alike: Twin, lab: Host, answer: bytes, status: str) -> None:
+        command = [*alike.command, "-v", "issue", "a.example.test"]
+        lab.environment.update(alike.environment)
+        said = at_terminal(command, lab, {b"[y/N] ": answer})
+        assert re.search(r"challenge=[a-z]+-01 ident=a.example.test token=[\w-]+ key_auth=[\w-]+", said)
+        if answer == b"y\n":
+            alike.certificate()
+
+    def test_its_proxy_and_directory_of_cas(self, fake: fakeca.FakeCA, alike: Twin, tmp_path: Path) -> None:
+        port = fake.server.server_port
+        openssl = [testbed.program("openssl"), "x509", "-noout", "-hash", "-in", str(fake.ca_file)]
+        (tmp_path / "cas").mkdir()
+        name = subprocess.check_output(openssl, text=True).strip()
+        (tmp_path / "cas" / f"{name}.0").symlink_to(fake.ca_file)
+        more = {"UACME_CAINFO": "", "no_proxy": ""}
+        assert alike.run(["update"], **more).status == 2
+        proxy = Proxy(port)
+        with Loopback(proxy) as where:
+            done = alike.run(["update"], **more, UACME_CAPATH=str(tmp_path / "cas"),
+                             UACME_PROXY=f"http://user:pw@127.0.0.1:{where.port}")
+        assert done.status == 0, done.err
+        assert f"CONNECT localhost:{port} " in proxy.heads[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("UACME_PROXY", "proxy.example")
+            assert wucme.texts_of({})["proxy"] == "proxy.example:1080"
+
+    @pytest.mark.pebble
+    @pytest.mark.servers
+    def test_its_own_hook_for_a_web_root(self, pebble: testbed.Pebble, tmp_path: Path) -> None:
+        twin, hook = our_twin(tmp_path / "h", pebble.directory_url, pebble.ca_file), testbed.setup("uacme") / "uacme.sh"
+        twin.run(["-y", "new"])
+        with Documents(pebble.http_port, lambda path: content(tmp_path / path.rpartition("/")[2])):
+            done = twin.run(["-h", hook, "issue", "a.example.test", "b.example.test"],
+                            UACME_CHALLENGE_PATH=str(tmp_path))
+        assert done.status == 0, done.err
+        assert twin.certificate().names == ("a.example.test", "b.example.test")
+        assert not [path for path in tmp_path.iterdir() if len(path.name) == 43], "its tokens are gone"
+
+    @pytest.mark.pebble
+    @pytest.mark.servers
+    def test_its_own_hook_for_the_dns(self, bind: testbed.Bind, pebble_of_bind: testbed.Pebble, tmp_path: Path) -> None:
+        hook, ca = testbed.setup("uacme") / "nsupdate.sh", pebble_of_bind
+        twin = our_twin(tmp_path / "h", ca.directory_url, ca.ca_file)
+        twin.run(["-y", "new"])
+        (tmp_path / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")
+        (tmp_path / "sleep").chmod(0o755)       # or each call takes five seconds
+        done = twin.run(["-h", hook, "issue", "*.u3.example.test"], PATH=f"{tmp_path}:{bind.path}")
+        assert done.status == 0, done.err
+        assert bind.ask("_acme-challenge.u3.example.test") == []
+
+    @pytest.mark.pebble
+    def test_the_chain_of_its_choice(self, tmp_path: Path) -> None:
+        with testbed.Pebble(tmp_path / "ca", binaries=testbed.pebble_binaries(), always_valid=True,
+                            alternate_roots=2) as ca:
+            twin = our_twin(tmp_path / "home", ca.directory_url, ca.ca_file)
+            recorder(twin.home)
+            twin.run(["-y", "new"])
+            issuers = []
+            for options in (["-t", "EC"], ["-l", "1"], ["-l", "2"], ["-l", "9"]):
+                assert twin.run(["-f", *options, *ISSUE]).status == 0
+                issuers.append(twin.certificate().issuer)
+            chain = twin.home / "conf/a.example.test/cert.pem"
+            wanted = wucme.parse_certificate(wucme.certificates(chain.read_bytes())[-1]).fingerprint(hashes.SHA256())
+            assert twin.run(["-f", "-l", wanted[:4].hex(":"), *ISSUE]).status == 0
+            issuers.append(twin.certificate().issuer)
+        assert len(set(issuers)) == 3
+        assert issuers[0] == issuers[3] == issuers[4]
+
+
+@pytest.mark.process
+@pytest.mark.skipif(Path(wucme.UACME_DIRECTORY).exists(), reason="this machine has a directory of uacme's")
+class TestAsUacmeInAFlatDirectory:
+    """The command of wuCME's own log, in a directory of its kind."""
+
+    def run(self, lab: Host, *arguments: object) -> Done:
+        """Run it in the directory, as that program runs itself."""
+        done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), "--uacme", *map(str, arguments)],
+                              env={**lab.environment, "WUCME_INI": str(lab.ini)}, cwd=lab.directory, check=False,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
+        assert "Traceback" not in done.stderr
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def test_does_what_the_log_of_wucme_shows(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        lab.write(f"$ touch {tmp_path}/loaded", renew="30d")
+        assert lab.run("account", "new").status == 0
+        fakeca.make_pair(lab.directory, "X86VMS_DOMAIN_NET", ["x86vms.domain.net"], datetime.now(timezone.utc)
+                         - timedelta(62), datetime.now(timezone.utc) + timedelta(28.9))
+        chain, key = (lab.directory / f"wucme_{kind}_X86VMS_DOMAIN_NET.pem" for kind in "ck")
+        old, old_key = chain.read_bytes(), key.read_bytes()
+        fake.http_host = "127.0.0.1"
+        assert self.run(lab, "check", "x86vms.domain.net").status == 0
+        done = self.run(lab, "--verbose", "issue", "x86vms.domain.net")
+        assert done.status == 0, done.err
+        said = ["expires: 28 renew: -1", "loading key from ", "fetching directory at", "account location: ",
+                "creating new order for x86vms.domain.net", "order URL: ", "retrieving authorization at",
+                "starting challenge at", "polling order status at", "finalizing order at", "retrieving certificate at",
+                f"saving certificate to {chain}_tmp", f"reading private key {key}", f"backed up {chain} as {chain}_20",
+                f"renaming {chain}_tmp to {chain}", "wuCME successful x86vms.domain.net renewal"]
+        for text in said:
+            assert text in done.err, text
+        assert chain.read_bytes() != old
+        assert key.read_bytes() == old_key
+        assert not (tmp_path / "loaded").exists(), "its manager does that"
+        assert self.run(lab, "--verbose", "issue", "x86vms.domain.net").status == 1
+        assert self.run(lab, "check", "x86vms.domain.net").status == 1
+        lab.run()
+        assert (tmp_path / "loaded").exists()
+
+    def test_verbs_are_those_of_the_directory(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("account", "new")
+        assert self.run(lab, "update", "x@example.org").status == 0
+        assert next(iter(fake.accounts.values())).contact == ["mailto:x@example.org"]
+        assert self.run(lab, "issue", "a.example.test").status == 0
+        fake.failing_names.add("b.example.test")
+        assert self.run(lab, "issue", "b.example.test").status == 2
+        assert self.run(lab, "-r", "4", "revoke", lab.chain()).status == 0
+        assert fake.revoked
+        assert self.run(lab, "-r", "99", "revoke", lab.chain()).status == 2
+        assert self.run(lab, "newkey").status == 0
+        assert self.run(lab, "deactivate").status == 0
+
+
+class TestUacmeOptions:
+    @pytest.mark.parametrize(("words", "texts"), [
+        ("-a https://ca/dir", {"server": "https://ca/dir"}), ("--staging", {"server": "letsencrypt-staging"}),
+        ("-e k:abc", {"eab_kid": "k", "eab_hmac": "abc", "eab_alg": "HS256"}),
+        ("--eab=k:abc:512", {"eab_kid": "k", "eab_hmac": "abc", "eab_alg": "HS512"}),
+        ("-d 7", {"renew": "7d"}), ("-kl 2", {"rotate": "yes", "chain": "2"}),
+        ("-yp short", {"agree": "yes", "profile": "short"}),
+        ("--must-staple --no-ocsp -i", {"must_staple": "yes"}), ("-f -n -v -r 3 -b 3072 -t rsa -c /x", {}),
+    ])
+    def test_options_become_settings(self, monkeypatch: pytest.MonkeyPatch, words: str, texts: dict[str, str]) -> None:
+        for name in ("CAINFO", "CAPATH", "PROXY"):
+            monkeypatch.delenv(f"UACME_{name}", raising=False)
+        _, given, _ = wucme.read_call(["issue", *words.split(), "a.b"])
+        assert wucme.texts_of(given) == texts
+        wucme.read_settings(wucme.NOWHERE, texts)
+
+    @pytest.mark.parametrize("words", ["-s -a https://ca/dir", "-k -n", "-e a:b:128", "-d 0", "-l A", "-r x", "-t DSA"])
+    def test_what_cannot_be_is_refused(self, words: str) -> None:
+        with pytest.raises(wucme.SettingsError):
+            wucme.read_call(["issue", *words.split(), "a.b"])
+
+    @pytest.mark.parametrize(("given", "kind"), [({}, "rsa-2048"), ({"t": "EC"}, "ecdsa-p256"),
+                                                 ({"b": "8192"}, "rsa-8192"), ({"t": "ec", "b": "384"}, "ecdsa-p384")])
+    def test_kinds_of_keys(self, given: dict[str, str], kind: str) -> None:
+        assert wucme.key_asked(given) == kind

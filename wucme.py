@@ -103,7 +103,8 @@ SECURITY
 READING ORDER
   The file reads upward: a section uses only what stands above it.
    1 errors      2 world      3 files       4 pem     5 settings   6 inventory   7 plan
-   8 challenges  9 acme      10 store      11 load   12 report    13 run        16 command line
+   8 challenges  9 acme      10 store      11 load   12 report    13 run        15 uacme
+  16 command line
 """
 from __future__ import annotations
 
@@ -251,7 +252,7 @@ class Log:
         self.clock: Callable[[], float] = time.time
         self.descriptor = -1
         self.live = False           # at a terminal: each line at once
-        self.loud = False           # verbose: details too
+        self.loud = 0               # verbose: details too
         self.quiet = False          # only what went wrong is printed
         self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
 
@@ -321,7 +322,9 @@ def tls_context(ca_file: str) -> Any:
     """A verifying TLS context whose sockets give up at their `until`."""
     import ssl
     try:
-        context = ssl.create_default_context(cafile=ca_file or None)
+        directory = os.path.isdir(ca_file)
+        context = ssl.create_default_context(cafile=None if directory else ca_file or None,
+                                             capath=ca_file if directory else None)
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
     context.sslsocket_class = timed(ssl.SSLSocket)
@@ -912,6 +915,12 @@ def link(to: str, path: str, by: str) -> None:
     rename(by, path)
 
 
+def keep(path: str, target: str) -> None:
+    """Give the present content of a path a second name."""
+    remove(target)
+    os.link(path, target)
+
+
 def back_up(path: str, target: str) -> None:
     """Keep the present content of a path under another name: a second link, or (with a key in it) a private copy."""
     remove(target)
@@ -1116,10 +1125,36 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
         raise PemError(f"not a certificate: {printable(str(error))[:100]}") from error
 
 
+CURVES = {"06082a8648ce3d030107": "SECP256R1", "06052b81040022": "SECP384R1", "06052b81040023": "SECP521R1"}
+
+
+def parse_odd_key(pem: bytes) -> PrivateKey:
+    """An EC key whose number is longer or shorter than RFC 5915 asks, as GnuTLS writes it; ValueError for others."""
+    import base64
+    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+    at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
+    curve = next((name for oid, name in CURVES.items() if bytes.fromhex(oid) in der), "")
+    number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
+    if not curve:
+        raise ValueError("not an EC key")
+    return ec.derive_private_key(number, getattr(ec, curve)())
+
+
+def load_key(pem: bytes) -> Any:
+    """The private key of a PEM block, also where cryptography is stricter than those who write keys."""
+    try:
+        return serialization.load_pem_private_key(pem, None)
+    except ValueError as error:
+        try:
+            return parse_odd_key(pem)
+        except (ValueError, IndexError):
+            raise error from None
+
+
 def parse_key(pem: bytes) -> PrivateKey:
     """An unencrypted EC or RSA private key; PemError where it is none."""
     try:
-        key = serialization.load_pem_private_key(private_key(pem), None)
+        key = load_key(private_key(pem))
     except TypeError as error:
         raise KeyKindError("the private key is encrypted; wucme needs it in the clear") from error
     except Exception as error:      # cryptography has several of its own for what is no key
@@ -1277,13 +1312,15 @@ def is_address(name: str) -> bool:
     return ":" in name or name.replace(".", "").isdigit()
 
 
-def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
-    """A CSR (DER) with an empty subject and exactly these names (RFC 8555 section 7.4)."""
+def signing_request(key: PrivateKey, names: Iterable[str], staple: bool = False) -> bytes:
+    """A CSR (DER) with an empty subject and exactly these names (RFC 8555, 7.4); `staple`: as RFC 7633 says."""
     import ipaddress
     wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
                                       else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+    if staple:
+        builder = builder.add_extension(x509.TLSFeature([x509.TLSFeatureType.status_request]), critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
@@ -1293,8 +1330,9 @@ def request_facts(pem: bytes) -> tuple[bytes, tuple[str, ...], str]:
         request = x509.load_pem_x509_csr(pem)
         if not request.is_signature_valid:
             raise ValueError("its signature is wrong")
-        return (request.public_bytes(serialization.Encoding.DER), alternative_names(request),
-                key_hash(request.public_key()))
+        common = [str(one.value).lower() for one in request.subject if one.oid.dotted_string == "2.5.4.3"]
+        return (request.public_bytes(serialization.Encoding.DER),
+                tuple(dict.fromkeys([*common, *alternative_names(request)])), key_hash(request.public_key()))
     except Exception as error:      # cryptography has several of its own for what is none
         raise PemError(f"not a certificate signing request: {printable(str(error))[:100]}") from error
 
@@ -1618,9 +1656,12 @@ class CertificateScope(NamedTuple):
                              "30d, 12h, 25%, never; a bare number is days")
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
     chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
-                         "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
+                         "text, or whose SHA-256 fingerprint or key identifier begins so; a number: that one of the "
+                         "alternates", "TEXT")
     csr: str = setting(a_path, "", "a signing request (PEM) for just these names, whose key is kept elsewhere", "PATH",
                        local=True)
+    must_staple: bool = setting(a_flag, "no", "ask for a certificate that counts with a stapled OCSP answer alone (RFC "
+                                "7633); few CAs still give one", local=True)
     challenge: tuple[str, ...] = setting(
         some_challenges, "http-01", "how control of the names is proved, in order of preference: "
         + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order")
@@ -2298,7 +2339,7 @@ class Dialect(NamedTuple):
 
 DIALECTS = {
     "uacme": Dialect(
-        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "digest"},
+        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "digest", "dns-persist-01": "record"},
         ("begin", "{kind}", "{name}", "{token}", "{value}"), ("{verdict}", "{kind}", "{name}", "{token}", "{value}"),
         {"UACME_METHOD": "{verdict}", "UACME_TYPE": "{kind}", "UACME_IDENT": "{name}", "UACME_TOKEN": "{token}",
          "UACME_AUTH": "{value}", "UACME_CONFDIR": "{directory}", "UACME_VERBOSE": "{verbose}"}, failure="decline"),
@@ -2886,10 +2927,11 @@ def by_record(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
 
 def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
     """What the templates of a dialect can hold, for one proof."""
-    value = {"text": one.text, "digest": base64url(one.digest), "hex": one.digest.hex()}[dialect.values[one.kind]]
+    value = {"text": one.text, "digest": base64url(one.digest), "hex": one.digest.hex(),
+             "record": f'"{one.text.partition(chr(10))[0]}"'}[dialect.values[one.kind]]
     return {"kind": one.kind, "name": one.name, "token": one.token, "value": value, "output": "", "rest": "",
             "http_token": one.token if one.kind == "http-01" else "", "names": " ".join(task.names),
-            "all": ",".join(task.names), "verbose": str(int(log.loud)), "tokens": task.answers.directory,
+            "all": ",".join(task.names), "verbose": str(log.loud), "tokens": task.answers.directory,
             "directory": os.path.dirname(task.answers.directory),
             "fqdn": record_name(task, one.name) if dialect.waits else ""}
 
@@ -2919,11 +2961,12 @@ def by_hook(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
         finished = call_hook(task, hook.begin, dialect.begin, fields)
         journal.rows[-1] = journal.rows[-1]._replace(place="\n".join(finished.output).strip())
         records.append((fields["fqdn"], fields["value"]))
-        if dialect.failure == "decline" and finished.problem.startswith("exit status"):
+        declined = dialect.failure == "decline" and finished.problem.startswith("exit status")
+        if declined:
             journal.rows.pop()          # nothing was begun
         if finished.problem and dialect.failure != "ignore":
-            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} "
-                                 f"{dialect.failure}s {one.kind}: {with_last_line(finished)}")
+            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} {'declines' if declined else 'aborts'} "
+                                 f"{one.kind}: {with_last_line(finished)}", *[one.kind] * declined)
         if finished.problem:
             log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
     if dialect.waits:
@@ -3574,11 +3617,11 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
 
 def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
     """The chain that is preferred, of all that the CA offers; its first where none is."""
-    if not preferred or chain_matches(first.body, preferred):
+    if not preferred or (not preferred.isdigit() and chain_matches(first.body, preferred)):
         return first.body
-    for url in alternates(first):
+    for number, url in enumerate(alternates(first), 1):
         body = client.post(client.own_url(url, "alternate chain"), None).body
-        if chain_matches(body, preferred):
+        if preferred == str(number) or chain_matches(body, preferred):
             return body
     log(f"chain = {preferred}: the CA offers no such chain; its default is taken")
     return first.body
@@ -3691,9 +3734,9 @@ def prune(directory: str, bases: Iterable[str], keep: int) -> None:
 
 
 def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
-    """Write the memory of a certificate, if it is other than what is written already."""
+    """Write the memory of a certificate, if it is other than what is written already, and has a directory."""
     memory = entry.memory._replace(**changes)
-    if memory != entry.written:
+    if directory and memory != entry.written:
         replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
     return entry._replace(memory=memory, written=memory)
 
@@ -4512,6 +4555,15 @@ def finish_key_change(client: Client, account: Account, who: Applicant) -> None:
     remove(path)
 
 
+def sign_up(client: Client, server: ServerScope, who: Applicant, world: World) -> None:
+    """Make an account at a CA; SettingsError unless its terms are agreed to."""
+    terms = client.directory.terms
+    if terms and not server.agree and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
+        raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
+                            "agreed to first: set agree = yes, or use --agree")
+    client.register(who, True)
+
+
 def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world: World) -> Opened:
     """Open the account at a CA; it is made if there is none and the terms are agreed to."""
     account, server = account_of(settings, word), find_server(settings, word)[1]
@@ -4524,11 +4576,7 @@ def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world:
         with contextlib.suppress(ProtocolError):
             client.account = client.own_url(state.get("account"), "account")
     if not client.account and not client.register(who, server.agree):
-        terms = client.directory.terms
-        if terms and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
-            raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
-                                "agreed to first: set agree = yes, or use --agree")
-        client.register(who, True)
+        sign_up(client, server, who, world)
     note_account(client, account)
     return Opened(client, server, account, who)
 
@@ -4585,7 +4633,7 @@ def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
     order, until = authorize(client, order, task)
-    request = given[0] if given else signing_request(cast("PrivateKey", key), names)
+    request = given[0] if given else signing_request(cast("PrivateKey", key), names, entry.wanted.must_staple)
     first = finish(client, order, names, request, until)
     chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
     return Obtained(entry, chain, key, client.url)
@@ -4694,8 +4742,9 @@ def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answe
     return obtain_by_some_way(entry, clients.enter(words[-1]), task, run)
 
 
-def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
-    """Check a certificate as it would go live, and make it live."""
+def store(obtained: Obtained, run: RunScope, mark: str, now: float,
+          change: Callable[..., list[Step]] = switch) -> Entry:
+    """Check a certificate as it would go live, and make it live by the steps of a `change`."""
     entry, names = obtained.entry, wanted_names(obtained.entry)
     kept = read(entry.key) if obtained.key is None or entry.whole else b""
     public = key_hash(obtained.key.public_key()) if obtained.key else key_of(kept)
@@ -4712,7 +4761,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
     same = obtained.key is None or (entry.whole and public == entry.memory.key_hash)
     secret = b"" if obtained.key is None else private_key(kept) if same else key_pem(obtained.key)
-    for step in switch(entry, obtained.chain, secret, mark):
+    for step in change(entry, obtained.chain, secret, mark):
         if not step.text.startswith("saving"):
             log(step.text)
         step.do()
@@ -5425,6 +5474,425 @@ def timer(settings: Settings, request: Request, world: World) -> list[str]:
     return [f"wucme runs every hour by {form}: {' '.join(plan.files) or 'your crontab'}", f"to undo that: {plan.undo}"]
 
 
+def open_log(run: RunScope) -> None:
+    """Begin to write the log file; without one the run goes on."""
+    make_directory(run.directory)
+    try:
+        log.descriptor = open_append(run.log)
+    except OSError as error:
+        log(f"no log is written: {sentence(error)}")
+
+
+# === 15. uacme: its command line and its directory =============================================
+# wucme.py --uacme is uacme 1.8: its options, files, modes, hook calls and exit codes. A call of it becomes
+# settings, and an entry whose paths are uacme's; the rooms above do the rest.
+
+UACME_DIRECTORY = "/etc/ssl/uacme"
+
+
+class Switch(NamedTuple):
+    """An option of uacme: its long name, what its value must be ("" if it has none), the settings that it makes."""
+    name: str
+    form: str = ""
+    settings: Mapping[str, str] = {}
+
+
+UACME_OPTIONS = {
+    "a": Switch("acme-url", "https://.+", {"server": "{0}"}),
+    "b": Switch("bits", "[0-9]+"),
+    "c": Switch("confdir", ".+"),
+    "d": Switch("days", "0*[1-9][0-9]{0,8}", {"renew": "{0}d"}),
+    "e": Switch("eab", "[^:]+:[A-Za-z0-9_=-]+(:(256|384|512))?",
+                {"eab_kid": "{1[0]}", "eab_hmac": "{1[1]}", "eab_alg": "HS{1[2]}"}),
+    "f": Switch("force"),
+    "h": Switch("hook", ".+", {"hook": "uacme:{2}", "challenge": "http-01 dns-01 tls-alpn-01"}),
+    "i": Switch("no-ari"),
+    "k": Switch("rotate-key", "", {"rotate": "yes"}),
+    "l": Switch("alternate", "0*[1-9][0-9]*|[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2})+", {"chain": "{0}"}),
+    "m": Switch("must-staple", "", {"must_staple": "yes"}),
+    "n": Switch("never-create"),
+    "o": Switch("no-ocsp"),
+    "p": Switch("profile", ".+", {"profile": "{0}"}),
+    "r": Switch("reason", "[0-9]{1,4}"),
+    "s": Switch("staging", "", {"server": "letsencrypt-staging"}),
+    "t": Switch("type", "(?i:rsa|ec)"),
+    "v": Switch("verbose"),
+    "V": Switch("version"),
+    "y": Switch("yes", "", {"agree": "yes"}),
+    "?": Switch("help"),
+}
+
+
+class Call(NamedTuple):
+    """One call of uacme: its command with the words behind it, its options by letter, and what they come to."""
+    verb: str
+    words: tuple[str, ...]
+    given: Mapping[str, str]
+    settings: Settings
+    top: str                    # uacme's directory, "" for a flat one of wucme's own
+    clients: Clients
+
+    @property
+    def private(self) -> str:
+        """The directory of the account key, and of those of certificates."""
+        return os.path.join(self.top, "private")
+
+    @property
+    def by_request(self) -> bool:
+        """Whether a certificate is asked for by a signing request in a file."""
+        return self.verb in ("issue", "check") and len(self.words) == 1 and os.path.isfile(self.words[0])
+
+
+def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
+    """The words and options of a command line of uacme's, and how verbose it is; SettingsError."""
+    import getopt
+    letters = "".join(letter + ":" * bool(one.form) for letter, one in UACME_OPTIONS.items())
+    try:
+        pairs, words = getopt.gnu_getopt(list(argv), letters, [f"{one.name}{'=' * bool(one.form)}"
+                                                               for one in UACME_OPTIONS.values()])
+    except getopt.GetoptError as error:
+        raise SettingsError(f"--uacme: {error}") from error
+    known = {f"--{one.name}": letter for letter, one in UACME_OPTIONS.items()}
+    given = {known.get(option, option[1:]): value for option, value in pairs}
+    for letter, value in given.items():
+        if not re.fullmatch(UACME_OPTIONS[letter].form, value):
+            raise SettingsError(f"--uacme: -{letter} {printable(value)}: must be of the form "
+                                f"{UACME_OPTIONS[letter].form}")
+    if {"V", "?"} & set(given) or not words or words[0] not in UACME_VERBS:
+        raise SettingsError(f"wucme {VERSION}, as uacme: one of {', '.join(UACME_VERBS)}; options: " + " ".join(
+            f"-{letter}|--{one.name}" for letter, one in UACME_OPTIONS.items()))
+    if {"a", "s"} <= set(given) or {"k", "n"} <= set(given):
+        raise SettingsError("--uacme: -a does not go with -s, nor -k with -n")
+    return words, given, sum(known.get(option, option[1:]) == "v" for option, _ in pairs)
+
+
+def key_asked(given: Mapping[str, str]) -> str:
+    """The kind of new keys that a call of uacme's wants; SettingsError."""
+    family = given.get("t", "rsa").lower()
+    bits = int(given.get("b", "2048" if family == "rsa" else "256"))
+    if bits not in (range(2048, 8193, 8) if family == "rsa" else (256, 384)):
+        raise SettingsError("--uacme: -b must be 256 or 384 for EC, and for RSA a multiple of 8 from 2048 to 8192")
+    return f"rsa-{bits}" if family == "rsa" else f"ecdsa-p{bits}"
+
+
+def texts_of(given: Mapping[str, str]) -> dict[str, str]:
+    """The settings that uacme's options and environment make."""
+    proxy = os.environ.get("UACME_PROXY", "")
+    texts = {"ca_file": os.environ.get("UACME_CAINFO") or os.environ.get("UACME_CAPATH", ""),
+             "proxy": proxy if not proxy or re.search(r":\d+$", proxy) else f"{proxy}:1080"}
+    for letter, value in given.items():
+        parts = value, [*value.split(":"), "256"], os.path.abspath(value)
+        texts.update({key: text.format(*parts) for key, text in UACME_OPTIONS[letter].settings.items()})
+    if "h" in given and not os.access(given["h"], os.R_OK | os.X_OK):
+        raise SettingsError(f"--uacme: -h {given['h']}: not a program that may be read and run")
+    return {key: text for key, text in texts.items() if text}
+
+
+def understand_call(argv: Sequence[str], world: World) -> Call:
+    """What a command line of uacme's asks for, and of which directory; SettingsError where that cannot be."""
+    words, given, log.loud = read_call(argv)
+    log.live, log.quiet, kind, texts = log.loud > 0, not log.loud, key_asked(given), texts_of(given)
+    verb, words = words[0], words[1:]
+    least, most = UACME_VERBS[verb][1:]
+    if not least <= len(words) <= most:
+        raise SettingsError(f"--uacme: {verb} takes {least} to {most} arguments")
+    if verb in ("new", "update"):
+        texts["contact"] = " ".join(words)
+    if "c" not in given and not os.path.isdir(UACME_DIRECTORY):
+        source = read_source(find_ini(os.environ.get("WUCME_INI", "")))
+        for flat in (os.getcwd(), read_settings(source, texts).run.directory):
+            if os.path.isdir(flat) and "wucme_k_account.pem" in map(str.lower, os.listdir(flat)):
+                settings = read_settings(source, {**texts, "directory": flat})
+                return Call(verb, tuple(words), given, settings, "", Clients(settings, world))
+    settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
+    settings = settings._replace(default=settings.default._replace(key=kind), run=settings.run._replace(directory=""))
+    return Call(verb, tuple(words), given, settings, given.get("c", UACME_DIRECTORY),
+                Clients(settings, world))
+
+
+def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) -> Finished:
+    """Run a hook, and pass on what it says."""
+    finished = command(*arguments, **more)
+    for line in [] if log.live else finished.output:
+        log.show(f"{printable(line)}\n")
+    return finished
+
+
+def uacme_directory(path: str, mode: int, make: bool) -> None:
+    """See that a directory of uacme's is there."""
+    if not os.path.isdir(path):
+        if not make:
+            raise FileError(f"{path}: no such directory (only `new` makes the first ones, and nothing does with -n)")
+        os.mkdir(path)
+        os.chmod(path, mode)
+        sync_directory(path)
+
+
+def uacme_key(path: str, kind: str, make: bool) -> PrivateKey:
+    """The key in a file of uacme's, made if it may be."""
+    if make and not os.path.exists(path):
+        log(f"making a key, {path}")
+        create(path, key_pem(new_key(kind)), Owner(0o400, -1, -1))
+        sync_directory(path)
+    return account_key(Account(path, ""))
+
+
+def supersede(path: str, new: str, stamp: str) -> list[Step]:
+    """The steps that put a new file in place, the old one kept under uacme's name for it."""
+    old = f"{path[:-4]}-{stamp}.pem"
+    kept = [Step(f"backed up {path} as {old}", keep, (path, old))] if os.path.exists(path) else []
+    return [*kept, Step(f"renaming {new} to {path}", rename, (new, path))]
+
+
+def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
+    """The steps that make a checked chain live in uacme's way, and a new key with it."""
+    waiting, whole = f"{entry.chain}_tmp", b"".join(certificates(chain))
+    same = entry.wanted.csr or key_of(read(entry.key)) == key_of(key)
+    return [Step(f"saving to {waiting}", create, (waiting, whole, owner(entry.chain, 0o444))),
+            *supersede(entry.chain, waiting, stamp), *([] if same else supersede(entry.key, f"{entry.key}_tmp", stamp))]
+
+
+def own_key(call: Call) -> PrivateKey:
+    """The key of the account in uacme's directory, which `new` alone may make."""
+    make = call.verb == "new" and "n" not in call.given
+    uacme_directory(call.top, 0o755, make)
+    uacme_directory(call.private, 0o700, make)
+    return uacme_key(os.path.join(call.private, "key.pem"), call.settings.default.key, make)
+
+
+def open_account(call: Call, key: PrivateKey) -> Opened:
+    """The account with a key, not yet looked for at the CA."""
+    word = call.settings.default.server[0]
+    client, server = call.clients.reach(word), find_server(call.settings, word)[1]
+    client.key = key
+    return Opened(client, server, Account(os.path.join(call.private, "key.pem"), ""), applicant(server))
+
+
+def found_account(opened: Opened) -> Opened:
+    """An account that the CA knows; AcmeError if it does not."""
+    if not opened.client.register(opened.who, False):
+        raise AcmeError(f"{opened.client.url}: no account has the key {opened.account.key}; `new` makes one")
+    return opened
+
+
+def uacme_new(call: Call) -> int:
+    """Make an account; one that is there already is an error, as it is to uacme."""
+    opened = open_account(call, own_key(call))
+    if opened.client.register(opened.who, False):
+        raise AcmeError(f"{opened.client.url}: there is an account with the key {opened.account.key} already")
+    sign_up(opened.client, opened.server, opened.who, call.clients.world)
+    return 0
+
+
+def uacme_update(call: Call) -> int:
+    """Replace the contact of the account."""
+    opened = found_account(open_account(call, own_key(call)))
+    wanted = [f"mailto:{address}" for address in opened.who.contact]
+    if (opened.client.account_object().get("contact") or []) != wanted:
+        opened.client.account_object({"contact": wanted})
+    return 0
+
+
+def uacme_newkey(call: Call) -> int:
+    """Give the account another key."""
+    opened = found_account(open_account(call, own_key(call)))
+    new = os.path.join(call.private, "newkey.pem")
+    opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given))
+    for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
+        log(step.text)
+        step.do()
+    return 0
+
+
+def uacme_deactivate(call: Call) -> int:
+    """Close the account for good."""
+    found_account(open_account(call, own_key(call))).client.account_object({"status": "deactivated"})
+    return 0
+
+
+def uacme_revoke(call: Call) -> int:
+    """Revoke the certificate in a file, by its own key if that is given, and put the file aside."""
+    path, chain = call.words[0], read(call.words[0])
+    about = facts(chain)
+    key = uacme_key(call.words[1], "", False) if call.words[1:] else None
+    client = call.clients.reach(call.settings.default.server[0]) if key else \
+        found_account(open_account(call, own_key(call))).client
+    log(f"revoking {path}, serial number {about.serial}")
+    client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
+    rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.clients.world.now())}.pem"))
+    return 0
+
+
+def uacme_entry(call: Call) -> Entry:
+    """The certificate that a call is about, in uacme's places; its key and directories are made if they may be."""
+    word, wanted = call.words[0], call.settings.default
+    if call.by_request:
+        wanted = wanted._replace(csr=os.path.abspath(word), names=request_facts(read(word))[1])
+        chain, key = f"{os.path.splitext(wanted.csr)[0]}-cert.pem", wanted.csr
+    else:
+        wanted = wanted._replace(names=parse_value(NOWHERE, "", "names", " ".join(call.words)))
+        public, private = (os.path.join(top, word.removeprefix("*.")) for top in (call.top, call.private))
+        chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
+        make = call.verb == "issue" and "n" not in call.given
+        uacme_directory(private, 0o700, make)
+        uacme_directory(public, 0o755, make)
+        uacme_key(key, wanted.key, make)
+    # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
+    memory = Memory(names=wanted.names, server=find_server(call.settings, wanted.server[0])[1].url)
+    return look(Entry(word, chain, key, memory, memory, wanted, frozenset(["names"])))
+
+
+def uacme_advised(entry: Entry, client: Client, run: RunScope, now: float) -> Entry:
+    """An entry with what the CA says of when to renew it, which then counts alone until its last day."""
+    about = entry.facts
+    if about is None or not about.ari or about.not_after - now < 86400 or not client.directory.renewal_info:
+        return entry
+    try:
+        window, _ = client.renewal_window(about.ari)
+    except WucmeError as error:
+        log.detail(f"{entry.title}: no renewal information: {error}")
+        window = None
+    if window is None:
+        return entry
+    # Nothing is remembered: what is drawn is this host's and certificate's own, and so the same each day.
+    memory = entry.memory._replace(window=settle_window(window, (), own_share(run, entry.name)), about=window.about)
+    return entry._replace(memory=memory, wanted=entry.wanted._replace(renew=Renewal(seconds=86400.0)))
+
+
+class Unwritten(Journal):
+    """What is published for one name; uacme's directory has no place for a note of it."""
+
+    def save(self) -> None:
+        """Write nothing."""
+
+
+def by_asking(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
+    """Have whoever sits at the terminal answer."""
+    for one in proofs:
+        value = hook_fields(task, one, DIALECTS["uacme"])["value"]
+        log.show(f"challenge={one.kind} ident={one.name} token={one.token} key_auth={value}\n")
+        if not task.world.ask("Is it answered, and to be taken up?"):
+            raise ChallengeError(f"{one.name}: nobody answers {one.kind} (without -h a terminal is asked)", one.kind)
+
+
+def prove_name(client: Client, order: Order, found: Authorization, one: Challenge, task: Task) -> None:
+    """Prove one name by one challenge, to the end; ChallengeError if that is declined."""
+    challenge, proof = take_up(client, found, (one.kind,))
+    proof = proof._replace(token=proof.token or proof.text.partition(";")[0])
+    journal, verdict = Unwritten(task), "failed"
+    try:
+        (by_hook if task.wanted.hook else by_asking)(task, [proof], journal)
+        log(f"{found.name}: starting challenge at {challenge.url} ({challenge.kind})")
+        client.answer(challenge)
+        pause = POLL_SECONDS[0]
+        while (found := client.authorization(found.url, task.names)).status == "pending":
+            if client.world.monotonic() > task.until:
+                raise NetworkError(f"{found.url}: the CA left it pending until the deadline")
+            client.world.sleep(pause)
+            pause = min(pause * 2, POLL_SECONDS[1])
+        if found.status != "valid":
+            raise client.complaint(order, task.names)
+        verdict = "done"
+    finally:
+        undo_all(journal, task, verdict)
+
+
+def prove_in_turn(client: Client, order: Order, task: Task) -> None:
+    """Prove the names of an order one after another, each by the first challenge that is not declined."""
+    for url in order.authorizations if order.status == "pending" else ():
+        found = client.authorization(url, task.names)
+        for one in found.challenges if found.status == "pending" else ():
+            try:
+                prove_name(client, order, found, one, task)
+                break
+            except ChallengeError as error:
+                log(str(error))
+                if not error.spent:
+                    raise
+        else:
+            if found.status != "valid":
+                raise ChallengeError(f"{found.name}: no challenge was taken up")
+
+
+def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> None:
+    """Obtain a certificate and make it live, in uacme's order of things."""
+    import threading
+    client, top = opened.client, os.path.dirname(os.path.dirname(opened.account.key))
+    task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(top or "."), world,
+                threading.Event())
+    try:
+        order = start_order(opened, entry, task.names)
+        prove_in_turn(client, order, task)
+        memory = entry.memory._replace(order=order.url, order_server=client.url)
+        obtained = obtain(entry._replace(memory=memory), opened, task, run)
+        store(obtained, run, str(int(world.now())), world.now(), uacme_switch)
+    finally:
+        for path in entry.files:
+            remove(f"{path}_tmp")
+
+
+def uacme_issue(call: Call) -> int:
+    """Issue a certificate if that is due, else 1; for check: 0 if it is due, else 1."""
+    run, now, check = call.settings.run, call.clients.world.now(), call.verb == "check"
+    key, entry = own_key(call), uacme_entry(call)
+    opened = open_account(call, key)
+    log(f"checking existence and expiration of {entry.chain}")
+    entry = entry if "i" in call.given else uacme_advised(entry, opened.client, run, now)
+    decision = decide(entry, now, forced="f" in call.given)
+    log(dates(decision, now))
+    if entry.blocked:
+        raise FileError(entry.fault)
+    log(f"{entry.title}: {f'due: {decision.reason}' if decision.due else 'not due'}")
+    if decision.due and not check:
+        uacme_obtain(entry, found_account(opened), run, call.clients.world)
+    return 0 if decision.due else 1
+
+
+UACME_VERBS: dict[str, tuple[Callable[[Call], int], int, int]] = {      # with how many arguments each takes
+    "new": (uacme_new, 0, 1), "update": (uacme_update, 0, 1), "deactivate": (uacme_deactivate, 0, 0),
+    "newkey": (uacme_newkey, 0, 0), "issue": (uacme_issue, 1, 100), "check": (uacme_issue, 1, 100),
+    "revoke": (uacme_revoke, 1, 2)}
+
+
+def in_flat(call: Call) -> int:
+    """Do what uacme is asked for in a directory of wucme's own, by the verbs of that; nothing is loaded."""
+    settings, clients, world = call.settings, call.clients, call.clients.world
+    reason = next((name for name, code in REASONS.items() if code == int(call.given.get("r", "0"))), "")
+    open_log(settings.run)
+    if call.verb == "revoke":
+        return 2 * revoke(settings, Request("revoke", call.words[:1], reason=reason), world).status
+    if call.verb not in ("issue", "check"):
+        return 2 * account_verb(settings, Request("account", (call.verb,)), world).status
+    named = ((), {"csr": call.words[0]}) if call.by_request else (call.words, {})
+    settings, label = declare(settings, *named)
+    now = world.now()
+    with locked(settings.run, world):
+        request = Request("issue", (label,), "f" in call.given)
+        told = ask_windows(examine(take_stock(settings), request, now), settings, clients, now)
+        found = choose(take_stock(settings), [label])[0]
+        decision = decide(told.get(found.name, found), now, True, request.force)
+        if call.verb == "check":
+            return 0 if decision.due else 1
+        clean_up(take_stock(settings), settings, world)
+        (_, outcome), = tend([decision], settings, clients, now)
+    return {"renewed": 0, "current": 1}.get(outcome.state, 2)
+
+
+def uacme(argv: Sequence[str], world: World) -> int:
+    """wucme.py --uacme: 0 done, 1 nothing to do, 2 failed or a usage error; for check 0 is due, 1 is not."""
+    log.clock = world.now
+    try:
+        command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
+        call = understand_call(argv, world._replace(command=command))
+        with contextlib.closing(call.clients):
+            status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
+    except (WucmeError, OSError) as error:
+        log(f"failed: {sentence(error)}", wrong=True)
+        status = 2
+    log.flush()
+    return status
+
+
 # === 16. command line: what was asked for, and how it ends =====================================
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "revoke": revoke,
@@ -5487,15 +5955,6 @@ def staging(settings: Settings) -> Settings:
         run=settings.run._replace(directory=os.path.join(settings.run.directory, "staging"), alert=(), metrics=""),
         default=tame(settings.default), lists={},
         sections={label: one._replace(values=tame(one.values)) for label, one in settings.sections.items()})
-
-
-def open_log(run: RunScope) -> None:
-    """Begin to write the log file; without one the run goes on."""
-    make_directory(run.directory)
-    try:
-        log.descriptor = open_append(run.log)
-    except OSError as error:
-        log(f"no log is written: {sentence(error)}")
 
 
 def act(settings: Settings, request: Request, world: World) -> int:
@@ -5569,13 +6028,17 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, ending)
     world = world._replace(command=functools.partial(world.command, umask=umask))
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["--uacme"]:
+            need_cryptography()
+            return uacme(argv[1:], world)
         arguments = vars(argument_parser().parse_intermixed_args(argv))
         if arguments["help"] or arguments["version"]:
             print(manual() if arguments["help"] else version())
             return 0
         need_cryptography()
-        log.clock, log.loud, log.quiet = world.now, arguments["verbose"], arguments["quiet"]
+        log.clock, log.loud, log.quiet = world.now, int(arguments["verbose"]), arguments["quiet"]
         log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
         settings, request = understand(arguments)
         return act(settings, request, world)
