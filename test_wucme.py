@@ -3572,6 +3572,178 @@ class TestReport:
         assert "owed: $ \\x1b: no\\nway" in lines[1]
 
 
+# --- 14. diagnosis -----------------------------------------------------------------------------
+
+PUBLIC, OTHER = "1.1.1.1", "8.8.8.8"       # addresses that only stand in tables here: nothing is sent to them
+
+
+def case(tmp_path: Path, *names: str, world: wucme.World = wucme.REAL,
+         issuers: Mapping[str, Sequence[str]] | None = None, **settings: str) -> wucme.Case:
+    """A certificate to be looked at."""
+    found = wucme.read_settings(wucme.NOWHERE, {"directory": str(tmp_path), **settings})
+    found, label = wucme.declare(found, names or ("a.example.test",), {})
+    one = wucme.take_stock(found).entries[label]
+    task = wucme.Task(wucme.wanted_names(one), one.wanted, (), 0.0, wucme.Answers(str(tmp_path)), world,
+                      threading.Event(), "check")
+    return wucme.Case(one, wucme.wanted_names(one), found, task, {}, issuers or {})
+
+
+def told(findings: Iterable[wucme.Finding]) -> list[str]:
+    """Findings as lines."""
+    return [f"{one.level} {one.about}: {one.text}" for one in findings]
+
+
+def site_map(pages: Mapping[tuple[str, str], tuple[int, str]]) -> Callable[[str, str, float], wucme.Response]:
+    """A web of pages, by URL without the token and by address: status, and where it redirects to or what it says."""
+    def visit(url: str, address: str, timeout: float) -> wucme.Response:
+        start, _, token = url.rpartition("/")
+        if (start, address) not in pages:
+            raise wucme.NetworkError("Connection refused")
+        status, text = pages[start, address]
+        redirect = 300 <= status < 400
+        return response(status, b"" if redirect else text.replace("TOKEN", token).encode(),
+                        **({"Location": text.replace("TOKEN", token)} if redirect else {}))
+    return visit
+
+
+class TestDiagnosis:
+    @pytest.mark.parametrize(("url", "address", "fault"), [
+        ("http://b.example/x", OTHER, ""), ("https://b.example/", OTHER, ""), ("https://b.example:443/", OTHER, ""),
+        ("http://b.example:443/", OTHER, ""), ("http://b.example:8080/", OTHER, "port 8080 is neither 80 nor 443"),
+        ("ftp://b.example/", OTHER, "ftp is not http or https; port 0 is neither 80 nor 443"),
+        ("http://192.168.1.86/", "192.168.1.86", "a private address, not a name; 192.168.1.86 is the private address "
+                                                 "192.168.1.86"),
+        (f"http://{OTHER}/", OTHER, "an address, not a name"),
+        ("http://inner/", OTHER, "inner is no name of the public DNS"),
+        ("http://b.example/", "10.0.0.1", "b.example is the private address 10.0.0.1"),
+        ("http://[::1]/", "::1", "a private address, not a name; ::1 is no name of the public DNS; ::1 is the private "
+                                 "address ::1"),
+    ])
+    def test_where_public_cas_are_not_redirected_to(self, url: str, address: str, fault: str) -> None:
+        assert wucme.redirect_fault(url, address, PUBLIC) == fault
+
+    def test_a_name_that_is_private_here_may_lead_to_another_one(self) -> None:
+        assert wucme.redirect_fault("http://b.example/", "10.0.0.1", "10.0.0.2") == ""
+
+    START = "http://a.example.test/.well-known/acme-challenge"
+
+    @pytest.mark.parametrize(("pages", "line"), [
+        ({(START, PUBLIC): (200, "TOKEN.check\n")}, f"ok a.example.test: {PUBLIC}: a token published now is answered"),
+        ({(START, PUBLIC): (200, "TOKEN.other")},
+         f"problem a.example.test: {PUBLIC}: not a token published now, but HTTP status 200 came; pass /.well-known/"),
+        ({(START, PUBLIC): (404, "")},
+         f"problem a.example.test: {PUBLIC}: not a token published now, but HTTP status 404"),
+        ({}, f"note a.example.test: {PUBLIC}: port 80 gives no answer to this host: Connection refused; behind a "),
+        ({(START, PUBLIC): (302, "https://b.example/x/TOKEN"), ("https://b.example/x", OTHER): (200, "TOKEN.check")},
+         f"ok a.example.test: {PUBLIC}: a token published now is answered, redirected to https://b.example/x/"),
+        ({(START, PUBLIC): (302, "http://192.168.1.86/TOKEN"),
+          ("http://192.168.1.86", "192.168.1.86"): (200, "TOKEN.check")},
+         f"problem a.example.test: {PUBLIC}, redirected to http://192.168.1.86/"),
+        ({(START, PUBLIC): (301, "http://none.example/TOKEN")}, "problem a.example.test: "),
+        ({(START, PUBLIC): (301, "http://[/TOKEN")}, "problem a.example.test: "),
+        ({(START, PUBLIC): (302, "/.well-known/acme-challenge/TOKEN")}, "problem a.example.test: "),
+    ])
+    def test_the_token_is_looked_for_as_the_ca_looks(
+            self, tmp_path: Path, pages: Mapping[tuple[str, str], tuple[int, str]], line: str) -> None:
+        def resolve(host: str) -> list[str]:
+            found = {"a.example.test": [PUBLIC], "b.example": [OTHER]}.get(host)
+            if not found:
+                raise wucme.NetworkError("the name does not resolve")
+            return found
+
+        world = wucme.REAL._replace(visit=site_map(pages), resolve=resolve)
+        lines = told(wucme.about_reach(case(tmp_path, world=world)))
+        assert len(lines) == 1
+        assert lines[0].startswith(line)
+        assert not list((tmp_path / "tokens").iterdir())
+
+    def test_what_is_this_hosts_and_gives_no_answer_is_a_problem(self, tmp_path: Path) -> None:
+        world = wucme.REAL._replace(visit=site_map({}), resolve=lambda _: ["127.0.0.1"])
+        assert told(wucme.about_reach(case(tmp_path, world=world))) == [
+            "problem a.example.test: 127.0.0.1: port 80 gives no answer: Connection refused; open it, or see who has "
+            "it"]
+
+    def test_no_token_is_tried_where_none_can_be(self, tmp_path: Path) -> None:
+        assert told(wucme.about_reach(case(tmp_path, hook="uacme:/h"))) == []
+        assert told(wucme.about_reach(case(tmp_path, challenge="dns-01"))) == []
+        assert "no account key yet" in told(wucme.about_reach(case(tmp_path, stateless="yes")))[0]
+
+    def test_where_the_names_lead(self, tmp_path: Path) -> None:
+        def resolve(host: str) -> list[str]:
+            if host == "none.example.test":
+                raise wucme.NetworkError("the name does not resolve")
+            return ["127.0.0.1", PUBLIC, "2001:db8::1"]
+
+        one = case(tmp_path, "a.example.test", "none.example.test", world=wucme.REAL._replace(resolve=resolve))
+        private = "(private: a public CA needs another one from its own DNS)"
+        assert told(wucme.about_addresses(one)) == [
+            f"ok a.example.test: 127.0.0.1 is this host's {private}",
+            f"note a.example.test: {PUBLIC} is not this host's: right if it is a router's or front's that passes "
+            "/.well-known/acme-challenge/ on to here",
+            f"note a.example.test: 2001:db8::1 is not this host's {private}: right if it is a router's or front's that "
+            "passes /.well-known/acme-challenge/ on to here",
+            "problem none.example.test: the name does not resolve here: give it an A or AAAA record"]
+        assert told(wucme.about_addresses(case(tmp_path, "*.a.example.test", challenge="dns-01"))) == []
+
+    @pytest.mark.parametrize(("records", "name", "problem"), [
+        ({}, "www.a.example", ""), ({"a.example.": ['0 issue "ca.test"']}, "www.a.example", ""),
+        ({"a.example.": ['0 issue "CA.test; x=y"', '0 iodef "mailto:a@b"']}, "www.a.example", ""),
+        ({"a.example.": ['0 issue "other.test"']}, "www.a.example",
+         "CAA at a.example allows other.test, but letsencrypt is ca.test: change the record, or the server"),
+        ({"a.example.": ['0 issue ";"']}, "a.example", "CAA at a.example allows no CA"),
+        ({"www.a.example.": ['0 issue "ca.test"'], "a.example.": ['0 issue ";"']}, "www.a.example", ""),
+        ({"www.a.example.": ['0 iodef "mailto:a@b"'], "a.example.": ['0 issue ";"']}, "www.a.example", ""),
+        ({"a.example.": ['0 issue "ca.test"', '0 issuewild ";"']}, "a.example", ""),
+        ({"a.example.": ['0 issue "ca.test"', '0 issuewild ";"']}, "*.a.example", "CAA at a.example allows no CA"),
+        ({"a.example.": ['0 issue "ca.test"']}, "*.a.example", ""),
+        ({"www.a.example.": ["elsewhere.test.", '0 issue ";"']}, "www.a.example", "CAA at www.a.example allows no CA"),
+    ])
+    def test_caa(self, tmp_path: Path, records: Mapping[str, list[str]], name: str, problem: str) -> None:
+        def dig(argv: Sequence[str], *_: Any, **__: Any) -> wucme.Finished:
+            return wucme.Finished("", list(records.get(argv[-1], [])))
+
+        one = case(tmp_path, name, world=wucme.REAL._replace(command=dig), issuers={"letsencrypt": ["ca.test"]})
+        lines = told(wucme.about_caa(one))
+        assert lines == [] if not problem else lines[0].startswith(f"problem {name}: {problem}")
+
+    def test_caa_without_dig_is_a_note(self, tmp_path: Path) -> None:
+        world = wucme.REAL._replace(command=lambda *_, **__: wucme.Finished("cannot be run: No such file", []))
+        assert told(wucme.about_caa(case(tmp_path, "a.example", "b.example", world=world)))[0].startswith(
+            "note a.example: CAA records could not be looked up: dig CAA a.example.: cannot be run")
+
+    def test_what_is_missing_on_this_host(self, tmp_path: Path) -> None:
+        (tmp_path / "there").write_text("#!/bin/sh\n")
+        (tmp_path / "there").chmod(0o755)
+        load = "\n".join([f"@{tmp_path}/there", f"@{tmp_path}/none x", "$ anything", "+nginx",
+                          f"> {tmp_path}/{{name}}.pem", f"> {tmp_path}/none/x.pem", "> /x owner=nobody-at-all"])
+        lines = told(wucme.about_loads(case(tmp_path, load=load)))
+        assert lines == [
+            f"problem a.example.test: load: @{tmp_path}/none x: {tmp_path}/none is not there, or cannot be executed",
+            f"problem a.example.test: load: > {tmp_path}/none/x.pem: {tmp_path}/none is not there",
+            "problem a.example.test: load: > /x owner=nobody-at-all: owner=nobody-at-all: no such user or group on "
+            "this host"]
+        assert told(wucme.about_loads(case(tmp_path)))[0].startswith("note a.example.test: the load list is empty")
+        one = case(tmp_path, webroot=f"{tmp_path} {tmp_path}/none", hook=f"uacme:{tmp_path}/none",
+                   nsupdate=f"{tmp_path}/k")
+        assert [line.partition(": is not there")[0] for line in told(wucme.about_files(one))] == [
+            f"problem a.example.test: {what}" for what in
+            (f"webroot {tmp_path}/none", f"hook {tmp_path}/none", f"nsupdate {tmp_path}/k")]
+
+    @pytest.mark.parametrize(("level", "text", "late"), [
+        ("ok", "answers, and its clock agrees", 0),
+        ("problem", "this host's clock is 3600 s ahead of the CA's: set it", 3600),
+        ("problem", "this host's clock is 3600 s behind the CA's: set it", -3600)])
+    def test_the_ca_and_its_clock(self, fake: fakeca.FakeCA, tmp_path: Path, level: str, text: str, late: int) -> None:
+        settings = wucme.read_settings(wucme.NOWHERE, {"directory": str(tmp_path), "server": fake.url,
+                                                       "ca_file": str(fake.ca_file)})
+        issuers: dict[str, Sequence[str]] = {}
+        world = wucme.REAL._replace(now=lambda: float(int(time.time())) + late)
+        found = list(wucme.about_server(settings, fake.url, world, issuers))
+        assert [one.level for one in found] == [level]
+        assert text in re.sub(r"3(599|601)", "3600", found[0].text)
+        assert issuers == {fake.url: ["fakeca.example"]}
+
+
 # --- shape: what holds of the script as a whole ------------------------------------------------
 
 SOURCE = SCRIPT.read_text("utf-8")
@@ -3591,6 +3763,7 @@ LAYERS: dict[int, tuple[str, set[int]]] = {
     11: ("load", {1, 2, 3, 4, 5}),
     12: ("report", {1, 7}),
     13: ("run", set(range(1, 13))),
+    14: ("diagnosis", set(range(1, 14))),
     15: ("uacme", set(range(1, 14))),
     16: ("command line", set(range(1, 16))),
 }
@@ -6302,6 +6475,109 @@ class TestFronts:
         wasd = re.search(r"(?s)### Front: WASD.*?```wasd\n(.*?)```", README)
         assert wasd
         assert textwrap.dedent(told.partition("# WASD")[2].partition("\n")[2]) == wasd[1]
+
+
+@pytest.mark.process
+class TestCheck:
+    """What `check` says before an order is spent, with real sockets and names of the test's own."""
+
+    @pytest.fixture(autouse=True)
+    def no_dns(self, lab: Host) -> None:
+        """A dig that knows no record, so that nobody is asked."""
+        tool = lab.home / "bin" / "dig"
+        tool.parent.mkdir()
+        tool.write_text("#!/bin/sh\n")
+        tool.chmod(0o755)
+        lab.environment["PATH"] = f"{tool.parent}:{testbed.SYSTEM_PATH}"
+
+    def check(self, lab: Host, names: Mapping[str, Sequence[str]], *arguments: str, path: str = "") -> Done:
+        """Run it where /etc/hosts has these names."""
+        hosts = lab.home / "hosts"
+        lines = [f"{address} {name}\n" for name, addresses in {"localhost": ["127.0.0.1"], **names}.items()
+                 for address in addresses]
+        hosts.write_text("".join(lines))
+        mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        done = subprocess.run(
+            [testbed.program("unshare"), "-m", "sh", "-c", mount, str(hosts), *lab.command("check", *arguments)],
+            env={**lab.environment, **({"PATH": path} if path else {})}, capture_output=True, text=True, timeout=60,
+            check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def test_all_is_well_before_the_first_order(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        address = testbed.own_address(80)
+        lab.write("$ true", listen=f"{address}:80")
+        done = self.check(lab, {"a.example.test": [address]}, "a.example.test")
+        assert (done.status, done.err) == (0, "")
+        assert done.out.splitlines() == [
+            f"ok      {fake.url}: {fake.url} answers, and its clock agrees",
+            f"ok      a.example.test: http-01: {address}:80 can be listened on",
+            f"ok      a.example.test: {address} is this host's (private: a public CA needs another one from its own DNS)",
+            f"ok      a.example.test: {address}: a token published now is answered"]
+        assert orders(fake) == 0
+        assert lab.left() == set()
+        assert self.check(lab, {"a.example.test": [address]}, "a.example.test", "--quiet").out == ""
+
+    def test_what_would_go_wrong_is_said_with_its_remedy(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        address = testbed.own_address(80)
+        lab.write("@/nonexistent/procedure", listen=f"{address}:80", sections="[a.example.test]\n[b.example.test]\n")
+        text = (f"server {{ listen {address}:80; server_name a.example.test; "
+                "return 302 http://127.0.0.9$request_uri; }\n"
+                f"server {{ listen {address}:80; server_name b.example.test; return 404; }}")
+        with testbed.PlainWeb(lab.home / "web", "nginx", text, 80, address=address):
+            done = self.check(lab, {"a.example.test": [address], "b.example.test": [address]})
+        assert done.status == 1
+        for part in (f"problem a.example.test: cannot listen on {address}:80: in use by nginx (pid ",
+                     "problem a.example.test: load: @/nonexistent/procedure: /nonexistent/procedure is not there",
+                     f"problem a.example.test: {address}, redirected to http://127.0.0.9/.well-known/acme-challenge/",
+                     "a private address, not a name",
+                     f"problem b.example.test: {address}: not a token published now, but HTTP status 404 came; pass "
+                     "/.well-known/acme-challenge/ of this name on to what answers here"):
+            assert part in done.out
+        assert orders(fake) == 0
+
+    @pytest.mark.parametrize("answers", ["listen", "webroot", "stateless", "cgi"])
+    def test_every_way_to_answer_is_tried(self, answers: str, lab: Host, public: Path) -> None:
+        address = testbed.own_address(80)
+        print_of_account = lab.run("thumbprint").out.splitlines()[0]
+        (public / "www").mkdir(mode=0o755)
+        texts = {"listen": "", "webroot": f"root {public}/www;",
+                 "stateless": f'location ~ "/([^/]+)$" {{ return 200 "$1.{print_of_account}"; }}',
+                 "cgi": f"location /.well-known/acme-challenge/ {{ alias {public}/tokens/; }}"}
+        changes = {"listen": {"listen": f"{address}:80"}, "webroot": {"webroot": f"{public}/www"},
+                   "stateless": {"stateless": "yes"}, "cgi": {"listen": "none", "directory": str(public)}}[answers]
+        lab.write("$ true", **{"listen": "", **changes})
+        with contextlib.ExitStack() as stack:
+            if answers != "listen":
+                text = f"server {{ listen {address}:80; {texts[answers]} }}"
+                stack.enter_context(testbed.PlainWeb(public / "web", "nginx", text, 80, address=address))
+            done = self.check(lab, {"a.example.test": [address]}, "a.example.test")
+        assert done.status == 0, done.out
+        assert f"ok      a.example.test: {address}: a token published now is answered" in done.out
+        assert ("port 80 here: " in done.out) == (answers != "listen")
+
+    def test_caa_as_the_dns_has_it(self, lab: Host, tmp_path: Path) -> None:
+        address = testbed.own_address(80)
+        lab.write("$ true", listen=f"{address}:80")
+        zones = {"example.test": ('@ CAA 0 issue "fakeca.example"', 'b CAA 0 issue "other.example"')}
+        names = {"a.example.test": [address], "b.example.test": [address]}
+        with testbed.Bind(tmp_path / "bind", zones) as bind:
+            done = self.check(lab, names, *names, path=bind.path)
+        assert re.findall("(?m)^.*CAA.*$", done.out) == [
+            "problem b.example.test: CAA at b.example.test allows other.example, but "
+            f"{lab.settings['server']} is fakeca.example: change the record, or the server"]
+
+    def test_it_waits_for_no_lock_and_needs_no_certificate(self, lab: Host) -> None:
+        lab.write(listen=f"127.0.0.1:{testbed.free_ports(1)[0]}")
+        lock = wucme.take_lock(str(lab.directory / "wucme.lock"))
+        assert lab.run("check").status == 0
+        assert lock is not None
+        os.close(lock)
+
+    def test_a_ca_that_cannot_be_reached(self, lab: Host) -> None:
+        lab.write(server="https://127.0.0.1:1/", listen=f"127.0.0.1:{testbed.free_ports(1)[0]}")
+        done = lab.run("check", "a.example.test")
+        assert done.status == 1
+        assert "problem https://127.0.0.1:1/: cannot reach 127.0.0.1:1: Connection refused; look at" in done.out
 
 
 @pytest.mark.process

@@ -12,6 +12,8 @@ SYNOPSIS
   wucme.py renew [NAME...] [--force]  look at these certificates only; --force: renew them now
   wucme.py load [NAME...]             run the load list now for the certificates as they are
   wucme.py status [--json]            what is there, what is due, what is owed
+  wucme.py check [NAME...]            what would go wrong, before an order is spent: addresses, port 80,
+                                      redirects, CAA, clock, CA; publishes a token for a moment
   wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
   wucme.py timer [systemd|cron] [--install]
                                       what has it run every hour; --install puts it in place
@@ -90,7 +92,7 @@ CGI
 EXIT STATUS
   0 all is well; 1 something failed, or a load is owed, or the lock was not got; 2 usage or
   settings; 143, 130 ended by SIGTERM, SIGINT. status: 1 if anything is owed, failing or expired,
-  or if no run was seen for two days.
+  or if no run was seen for two days. check: 1 if it finds a problem.
 
 SECURITY
   Made to run as root. It reads the ini and its directory, writes to these, its log, and where > and
@@ -103,8 +105,8 @@ SECURITY
 READING ORDER
   The file reads upward: a section uses only what stands above it.
    1 errors      2 world      3 files       4 pem     5 settings   6 inventory   7 plan
-   8 challenges  9 acme      10 store      11 load   12 report    13 run        15 uacme
-  16 command line
+   8 challenges  9 acme      10 store      11 load   12 report    13 run        14 diagnosis
+  15 uacme      16 command line
 """
 from __future__ import annotations
 
@@ -639,15 +641,21 @@ def ask_for_tls(plain: Any, protocol: str) -> None:
                 raise NetworkError(f"no STARTTLS: it said {line.decode('utf-8', 'replace').strip() or 'nothing'!r}")
 
 
-def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
-    """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
+def trusting(plain: Any, name: str) -> Any:
+    """A connection with TLS begun on it, whatever certificate is shown."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(plain, server_hostname=name or None)
+
+
+def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
+    """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
+    import ssl
     try:
         with contextlib.closing(dial(time.monotonic() + timeout, (host, port), timeout)) as plain:
             ask_for_tls(plain, protocol)
-            with context.wrap_socket(plain, server_hostname=name or None) as secure:
+            with trusting(plain, name) as secure:
                 return ssl.DER_cert_to_PEM_cert(secure.getpeercert(True) or b"").encode()
     except (OSError, ValueError) as error:
         raise NetworkError(network_reason(error, timeout)) from error
@@ -660,6 +668,35 @@ def resolve(host: str) -> list[str]:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
     except (OSError, ValueError) as error:
         raise NetworkError(network_reason(error, 0)) from error
+
+
+def visit(url: str, address: str, timeout: float) -> Response:
+    """What stands at a URL, asked at one address, whatever certificate is shown; NetworkError for no answer."""
+    import http.client
+    import urllib.parse
+    try:
+        at = urllib.parse.urlsplit(url)
+        host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
+        with contextlib.closing(http.client.HTTPConnection(host, port)) as connection:
+            connection.sock = plain = dial(time.monotonic() + timeout, (address, port), timeout)
+            if at.scheme == "https":
+                connection.sock = trusting(plain, host)
+            connection.request("GET", (at.path or "/") + (f"?{at.query}" if at.query else ""),
+                               headers={"User-Agent": USER_AGENT, "Connection": "close"})
+            response = connection.getresponse()
+            return Response(response.status, response.headers, response.read(8192))
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        raise NetworkError(network_reason(error, timeout)) from error
+
+
+def is_ours(address: str) -> bool:
+    """Whether an address is one of this host's."""
+    import socket
+    with contextlib.suppress(OSError), \
+            socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((address, 0))
+        return True
+    return False
 
 
 def port_holder(port: int) -> str:
@@ -698,6 +735,7 @@ class World(NamedTuple):
     command: Callable[..., Finished] = command
     connect: Callable[..., bytes] = served
     resolve: Callable[[str], list[str]] = resolve
+    visit: Callable[[str, str, float], Response] = visit
     ask: Callable[[str], bool] = ask
 
 
@@ -5483,6 +5521,297 @@ def open_log(run: RunScope) -> None:
         log(f"no log is written: {sentence(error)}")
 
 
+# === 14. diagnosis: what would go wrong, before an order is spent =================================
+# A check looks at one thing of one certificate (or one CA) and says what it finds; it takes no lock,
+# and all that it publishes is a token of its own for a moment.
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+VISIT_SECONDS = 5.0
+REDIRECTS = 10                  # that CAs follow
+CAA_RECORD = re.compile(r'[0-9]+ (issue|issuewild) "([^";]*).*"', re.I)
+
+
+class Finding(NamedTuple):
+    """One thing that was found: how bad it is, of what, and what to do about it."""
+    level: str
+    about: str
+    text: str
+
+
+class Case(NamedTuple):
+    """One certificate to be looked at, in its surroundings."""
+    entry: Entry
+    names: tuple[str, ...]
+    settings: Settings
+    task: Task                          # as an order would have it, but for hooks and updates
+    refused: Mapping[Place, str]        # where it cannot be listened, and why
+    issuers: Mapping[str, Sequence[str]]    # by `server` word: what CAA records may call the CA
+
+
+def about_server(settings: Settings, word: str, world: World, issuers: dict[str, Sequence[str]]) -> Iterator[Finding]:
+    """Whether a CA can be reached, as what CAA records know it, and whether its clock agrees with ours."""
+    import email.utils
+    _, server = find_server(settings, word)
+    try:
+        with contextlib.closing(reach(settings, word, world)) as client:
+            told = client.directory.meta.get("caaIdentities")
+            issuers[word] = [str(one).lower() for one in told] if isinstance(told, list) else []
+            date = client.send("GET", client.url).headers.get("Date") or ""
+    except WucmeError as error:
+        yield Finding(PROBLEM, word, f"{error}; look at this host's network, proxy and DNS")
+        return
+    try:
+        late = email.utils.parsedate_to_datetime(date).timestamp() - world.now()
+    except (TypeError, ValueError):
+        late = 0.0
+    if abs(late) > SKEW_SECONDS:
+        yield Finding(PROBLEM, word, f"this host's clock is {abs(late):.0f} s {'behind' if late > 0 else 'ahead of'} "
+                      "the CA's: set it, or new certificates are refused as not valid now")
+    else:
+        yield Finding(OK, word, f"{server.url} answers, and its clock agrees")
+    if server.ca_file == "" and not server.agree and not os.path.exists(account_of(settings, word).state):
+        yield Finding(NOTE, word, "no account yet: the first order asks whether you agree to its terms (agree = yes)")
+
+
+def item_fault(item: Item, name: str) -> str:
+    """What stands in the way of an item of the load list, or ""."""
+    path = item.argv[0].replace("{name}", name)
+    if item.text[0] == "@" and not os.access(path, os.X_OK):
+        return f"{path} is not there, or cannot be executed"
+    if item.text[0] == "@" and anyone_may_write(path):
+        return f"anyone may write {path}, so root will not run it; chmod o-w {path}"
+    if item.text[0] == ">":
+        try:
+            copy_owner(item.options.get("owner", ""), item.options["mode"])
+        except FileError as error:
+            return str(error)
+        needed = os.path.dirname(path), item.options.get("password_file", "/")
+        return "".join(f"{one} is not there" for one in needed if not os.path.exists(one))
+    return ""
+
+
+def about_loads(case: Case) -> Iterator[Finding]:
+    """Whether procedures, directories and owners of the load list are there."""
+    for text in case.entry.wanted.load:
+        problem = item_fault(parse_item(text), case.entry.name)
+        if problem:
+            yield Finding(PROBLEM, case.entry.title, f"load: {text}: {problem}")
+    if not case.entry.wanted.load:
+        yield Finding(NOTE, case.entry.title, "the load list is empty: no server is told of a new certificate")
+
+
+def about_files(case: Case) -> Iterator[Finding]:
+    """Whether what the settings name is on this host."""
+    import shutil
+    wanted, path = case.entry.wanted, child_environment()["PATH"]
+    dns = any(kind.startswith("dns-") for kind in wanted.challenge)
+    needed = [*((f"webroot {one}", os.path.isdir(one)) for one in wanted.webroot),
+              *((f"hook {one}", os.access(one, os.X_OK)) for one in (wanted.hook.begin[:1] if wanted.hook else ())),
+              *((f"nsupdate {one.key}", os.access(one.key, os.R_OK)) for one in (wanted.nsupdate,) if one),
+              *((f"program {one} (Debian: bind9-dnsutils)", bool(shutil.which(one, path=path)))
+                for one, used in (("dig", dns), ("nsupdate", wanted.nsupdate)) if used),
+              *((f"csr {one}", os.access(one, os.R_OK)) for one in (wanted.csr,) if one)]
+    for what, there in needed:
+        if not there:
+            yield Finding(PROBLEM, case.entry.title, f"{what}: is not there, or cannot be used by this user")
+
+
+def about_ports(case: Case) -> Iterator[Finding]:
+    """Whether the listeners can be had, and who else has the port."""
+    wanted, title = case.entry.wanted, case.entry.title
+    for place in (place for kind in wanted.challenge for place in places(wanted, kind)):
+        refusal = case.refused.get(place)
+        yield Finding(PROBLEM, title, refusal) if refusal else \
+            Finding(OK, title, f"{place.kind}: {place.host}:{place.port} can be listened on")
+    if "http-01" in wanted.challenge and not places(wanted, "http-01"):
+        holder = port_holder(CHALLENGES["http-01"].port)
+        yield Finding(OK, title, f"port 80 here: {holder}") if holder else \
+            Finding(NOTE, title, "nobody listens on port 80 here: right if another host answers, or passes on to here")
+
+
+def asked_by_port(case: Case) -> list[str]:
+    """The names that the CA connects to."""
+    ported = [kind for kind in case.entry.wanted.challenge if CHALLENGES[kind].port]
+    return [name for name in case.names if any(proves(kind, name) for kind in ported)]
+
+
+def addresses(case: Case, name: str) -> list[str]:
+    """Where the CA would connect to for a name, as this host knows it."""
+    with contextlib.suppress(NetworkError):
+        return [name] if is_address(name) else case.task.world.resolve(name)
+    return []
+
+
+def is_private(address: str) -> bool:
+    """Whether no public CA can reach an address."""
+    import ipaddress
+    return not ipaddress.ip_address(address.partition("%")[0]).is_global
+
+
+def about_addresses(case: Case) -> Iterator[Finding]:
+    """Where the names lead, against the addresses of this host."""
+    for name in asked_by_port(case):
+        found = addresses(case, name)
+        if not found:
+            yield Finding(PROBLEM, name, "the name does not resolve here: give it an A or AAAA record")
+        for address in found:
+            private = " (private: a public CA needs another one from its own DNS)" if is_private(address) else ""
+            if is_ours(address):
+                yield Finding(OK, name, f"{address} is this host's{private}")
+            else:
+                yield Finding(NOTE, name, f"{address} is not this host's{private}: right if it is a router's or "
+                              f"front's that passes {WELL_KNOWN} on to here")
+
+
+def caa_tags(case: Case, name: str) -> tuple[str, list[tuple[str, str]]]:
+    """The CAA records (RFC 8659) that count for a name, as tags and values, and where they stand."""
+    at = name[2:] if name.startswith("*.") else name
+    while at:
+        lines = [line for line in ask_dns(case.task, "CAA", f"{at}.") if not line.endswith(".")]
+        if lines:
+            matches = (CAA_RECORD.fullmatch(line) for line in lines)
+            return at, [(found[1].lower(), found[2].strip().lower()) for found in matches if found]
+        at = at.partition(".")[2]
+    return "", []
+
+
+def about_caa(case: Case) -> Iterator[Finding]:
+    """Whether CAA records allow the CAs."""
+    for name in (name for name in case.names if not is_address(name)):
+        try:
+            at, tags = caa_tags(case, name)
+        except ChallengeError as error:
+            yield Finding(NOTE, name, f"CAA records could not be looked up: {error}")
+            return
+        wild = [value for tag, value in tags if tag == "issuewild"] if name.startswith("*.") else []
+        allowed = wild or [value for tag, value in tags if tag == "issue"]
+        for word, known in case.issuers.items():
+            if word in case.entry.wanted.server and allowed and known and not set(allowed) & set(known):
+                yield Finding(PROBLEM, name, f"CAA at {at} allows {' '.join(filter(None, allowed)) or 'no CA'}, but "
+                              f"{word} is {' or '.join(known)}: change the record, or the server")
+
+
+def redirect_fault(url: str, address: str, home: str) -> str:
+    """Why a public CA does not follow a redirect, or ""; home is the address that it came from."""
+    import urllib.parse
+    at = urllib.parse.urlsplit(url)
+    host, port = at.hostname or "", at.port or {"http": 80, "https": 443}.get(at.scheme, 0)
+    faults = ((at.scheme not in ("http", "https"), f"{at.scheme} is not http or https"),
+              (port not in (80, 443), f"port {port} is neither 80 nor 443"),
+              (is_address(host), f"{'a private' if is_private(address) else 'an'} address, not a name"),
+              ("." not in host, f"{host} is no name of the public DNS"),
+              (is_private(address) and not is_private(home), f"{host} is the private address {address}"))
+    return "; ".join(text for wrong, text in faults if wrong)
+
+
+def trail(case: Case, url: str, address: str) -> tuple[list[str], str, Response]:
+    """Follow redirects as public CAs do: the way, what they refuse of it (it ends there), and the last answer."""
+    import urllib.parse
+    way, fault, home, world = [url], "", address, case.task.world
+    while True:
+        response = world.visit(way[-1], address, VISIT_SECONDS)
+        target = response.headers.get("Location")
+        if not (300 <= response.status < 400 and target) or len(way) > REDIRECTS:
+            return way[1:], fault, response
+        try:
+            way.append(urllib.parse.urljoin(way[-1], target))
+            host = urllib.parse.urlsplit(way[-1]).hostname or ""
+            address = host if is_address(host) else world.resolve(host)[0]
+            fault = redirect_fault(way[-1], address, home)
+        except (ValueError, NetworkError) as error:
+            fault = f"leads nowhere ({error})"
+        if fault:
+            return way[1:], fault, response
+
+
+def about_visit(case: Case, name: str, address: str, proof: Proof) -> Iterator[Finding]:
+    """Whether a token that is published now is answered at one address of a name."""
+    host = f"[{name}]" if ":" in name else name
+    try:
+        way, fault, last = trail(case, f"http://{host}{WELL_KNOWN}{proof.token}", address)
+    except NetworkError as error:
+        if is_ours(address):
+            yield Finding(PROBLEM, name, f"{address}: port 80 gives no answer: {error}; open it, or see who has it")
+        else:
+            yield Finding(NOTE, name, f"{address}: port 80 gives no answer to this host: {error}; behind a router that "
+                          "says little (hairpin NAT), ask from outside")
+        return
+    by = f", redirected to {' and '.join(way)}" if way else ""
+    if fault:
+        yield Finding(PROBLEM, name, f"{address}{by}: {fault}: public CAs do not follow; pass the request on instead")
+    elif last.status == 200 and last.body.decode("utf-8", "replace").strip() == proof.text:
+        yield Finding(OK, name, f"{address}: a token published now is answered{by}")
+    else:
+        yield Finding(PROBLEM, name, f"{address}: not a token published now, but HTTP status {last.status} came{by}; "
+                      f"pass {WELL_KNOWN} of this name on to what answers here")
+
+
+def about_reach(case: Case) -> Iterator[Finding]:
+    """Whether the CA's question would be answered at each address of each name."""
+    import secrets
+    wanted = case.entry.wanted
+    names = [name for name in asked_by_port(case) if proves("http-01", name)]
+    if "http-01" not in wanted.challenge or "hook" in ways(wanted, "http-01"):
+        return
+    key = account_of(case.settings, wanted.server[0]).key
+    token = secrets.token_urlsafe(24)
+    try:
+        text = f"{token}.{thumbprint(parse_key(read(key)))}"
+    except WucmeError:
+        text = f"{token}.check"
+        if "stateless" in ways(wanted, "http-01"):
+            yield Finding(NOTE, case.entry.title, "stateless = yes, and no account key yet: see wucme.py thumbprint")
+            return
+    try:
+        with answering(case.task, [Proof("http-01", name, token, text) for name in names[:1]]):
+            for name in names:
+                for address in addresses(case, name):
+                    yield from about_visit(case, name, address, Proof("http-01", name, token, text))
+    except ChallengeError as error:
+        yield Finding(PROBLEM, case.entry.title, str(error))
+
+
+CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    about_loads, about_files, about_ports, about_addresses, about_caa, about_reach)
+
+
+def suspects(settings: Settings, request: Request) -> list[Entry]:
+    """The certificates to look at: those named, be they there or not, else all."""
+    inventory = take_stock(settings)
+    if not request.names:
+        return list(inventory.entries.values())
+    found = []
+    for name in request.names:
+        try:
+            found += choose(inventory, [name])
+        except SettingsError:
+            fresh, label = declare(settings, [name], request.options)
+            found += choose(take_stock(fresh), [label])
+    return found
+
+
+def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Finding]:
+    """Look at all that an order would need, and say what is found."""
+    import threading
+    load_items(settings)
+    make_directory(settings.run.directory)
+    entries = suspects(settings, request)
+    answers, issuers = Answers(settings.run.directory), dict[str, Sequence[str]]()
+    for word in dict.fromkeys(word for entry in entries for word in entry.wanted.server):
+        yield from about_server(settings, word, world, issuers)
+    listeners, refused = open_listeners((place for entry in entries for kind in entry.wanted.challenge
+                                         for place in places(entry.wanted, kind)), answers)
+    try:
+        for entry in entries:
+            names, plain = wanted_names(entry), entry.wanted._replace(hook=None, nsupdate=None)
+            task = Task(names, plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
+            for check in CHECKS:
+                yield from check(Case(entry, names, settings, task, refused, issuers))
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
 # === 15. uacme: its command line and its directory =============================================
 # wucme.py --uacme is uacme 1.8: its options, files, modes, hook calls and exit codes. A call of it becomes
 # settings, and an entry whose paths are uacme's; the rooms above do the rest.
@@ -5895,8 +6224,8 @@ def uacme(argv: Sequence[str], world: World) -> int:
 
 # === 16. command line: what was asked for, and how it ends =====================================
 
-VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "revoke": revoke,
-         "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
+VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "check": None,
+         "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
 
 
 def version() -> str:
@@ -5972,6 +6301,13 @@ def act(settings: Settings, request: Request, world: World) -> int:
         found = standing(settings, world)
         print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
         return found.status
+    if request.verb == "check":
+        bad = False
+        for one in diagnose(settings, request, world):
+            bad = bad or one.level == PROBLEM
+            if one.level == PROBLEM or not log.quiet:
+                print(f"{one.level:8}{printable(f'{one.about}: {one.text}')}", flush=True)
+        return int(bad)
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
