@@ -6511,7 +6511,8 @@ class TestCheck:
         assert done.out.splitlines() == [
             f"ok      {fake.url}: {fake.url} answers, and its clock agrees",
             f"ok      a.example.test: http-01: {address}:80 can be listened on",
-            f"ok      a.example.test: {address} is this host's (private: a public CA needs another one from its own DNS)",
+            f"ok      a.example.test: {address} is this host's "
+            "(private: a public CA needs another one from its own DNS)",
             f"ok      a.example.test: {address}: a token published now is answered"]
         assert orders(fake) == 0
         assert lab.left() == set()
@@ -7424,8 +7425,12 @@ def our_twin(home: Path, url: str, ca_file: Path, *options: str) -> Twin:
 def pebble24(tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Pebble]:
     """A test CA that is old enough for the uacme of Debian, and believes whatever a hook has accepted."""
     directory = tmp_path_factory.mktemp("pebble24")
-    with testbed.Pebble(directory, binaries=testbed.setup("pebble24"), always_valid=True) as ca:
+    with testbed.Pebble(directory, binaries=testbed.setup("pebble24"), always_valid=True,
+                        authz_reuse=100) as ca:
         yield ca
+
+
+SECONDS = itertools.count()
 
 
 class Twins(NamedTuple):
@@ -7435,13 +7440,17 @@ class Twins(NamedTuple):
 
     def both(self, *arguments: object, status: int) -> None:
         """Run both alike, which must end with this status and leave the same behind."""
+        for path in [path for twin in self for path in twin.home.rglob("*-17????????.pem")]:
+            # uacme fails where a second has two of them.
+            path.rename(path.with_name(re.sub(r"-1\d{9}", f"-1{next(SECONDS):09}", path.name)))
         ends = [twin.run(arguments) for twin in self]
         assert [end.status for end in ends] == [status, status], ends
         assert self.theirs.files() == self.ours.files()
+        assert len({len(list((twin.home / "conf").rglob("*.pem"))) for twin in self}) == 1
         calls = [twin.calls() for twin in self]
         assert sorted(calls[0]) == sorted(calls[1])
-        for one, after in zip(*[iter(calls[1])] * 2):     # a name is done with before the next is begun
-            assert one.split()[1:] == after.split()[1:], calls
+        for one, after in zip(calls[1], calls[1][1:]):
+            assert after.startswith("begin ") or one == re.sub("^[a-z]+", "begin", after), "one name after the other"
 
 
 HTTP_ONLY = '[ "$1" != begin ] || [ "$2" = http-01 ]\n'
@@ -7482,7 +7491,6 @@ class TestLikeUacme:
 
     def test_accounts(self, twins: Twins, pebble24: testbed.Pebble) -> None:
         twins.both("new", status=2)
-        twins.both("-y", "new", "-n", status=2)
         twins.both("new", "-yv", "x@example.org", status=0)
         twins.both("--yes", "new", status=2)
         twins.both("update", "y@example.org", status=0)
@@ -7520,7 +7528,7 @@ class TestLikeUacme:
         for twin in twins:
             recorder(twin.home, '[ "$1" != begin ] || [ "$2" = dns-01 ]\n')
         twins.both("-h", "{home}/hook", "issue", "*.wild.test", "wild.test", status=0)
-        assert "begin dns-01 wild.test X X" in [call.rsplit(" ", 1)[0] for call in twins.ours.calls()]
+        assert "begin dns-01 wild.test X X" in twins.ours.calls()
         twins.both("-h", "{home}/hook", "issue", "127.0.0.1", status=2)
         for twin in twins:
             recorder(twin.home, "[ $1 = begin ] && kill -9 $$; true\n")
@@ -7530,7 +7538,8 @@ class TestLikeUacme:
         twins.both("-y", "new", status=0)
         request = x509.CertificateSigningRequestBuilder().subject_name(
             x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "c.example.test")]))
-        request = request.add_extension(x509.SubjectAlternativeName([x509.DNSName("d.example.test")]), False)
+        names = [x509.DNSName(f"{letter}.example.test") for letter in "cd"]
+        request = request.add_extension(x509.SubjectAlternativeName(names), False)
         pem = request.sign(KEY, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         for twin in twins:
             (twin.home / "r.1.csr").write_bytes(pem)
@@ -7549,7 +7558,6 @@ class TestLikeUacme:
         for extra in ([], ["-r", "1"], [key]):
             twins.both("-h", "{home}/hook", "issue", "a.example.test", status=0)
             twins.both("revoke", cert, *extra, status=0)
-            time.sleep(1.1)     # or the next takes the same name for what it puts aside
         twins.both("revoke", key, status=2)
         twins.both("revoke", cert, status=2)
 
@@ -7564,7 +7572,6 @@ class TestLikeUacme:
             assert crossed.run(issue).status == 1
             assert crossed.run(["-f", *issue]).status == 0, "with its account, its keys and its directory"
             first.certificate(name)
-            assert first.run(["-f", *issue]).status == 0
 
 
 @pytest.fixture
@@ -7671,7 +7678,7 @@ class TestAsUacme:
         with fakeca.FakeCA(tmp_path, profiles={"shortlived": "six days"}) as fake:
             fake.always_valid = True
             twin = our_twin(tmp_path / "home", fake.url, fake.ca_file)
-            recorder(twin.home)
+            recorder(twin.home, HTTP_ONLY)
             assert twin.run(["-y", "new"]).status == 0
             done = twin.run(["-p", "long", *ISSUE])
             assert (done.status, "shortlived" in done.err) == (2, True)
@@ -7694,11 +7701,14 @@ class TestAsUacme:
         assert noted(alike.home / "hook")[-1][1]["UACME_VERBOSE"] == "2"
 
     @pytest.mark.parametrize(("answer", "status"), [(b"y\n", "successful"), (b"n\n" * 9, "no challenge was taken up")])
-    def test_without_a_hook_it_asks(self, alike: Twin, lab: Host, answer: bytes, status: str) -> None:
+    def test_without_a_hook_it_asks(self, fake: fakeca.FakeCA, alike: Twin, lab: Host, answer: bytes,
+                                    status: str) -> None:
+        fake.offered = {"http-01", "unheard-of-01"}
         command = [*alike.command, "-v", "issue", "a.example.test"]
         lab.environment.update(alike.environment)
         said = at_terminal(command, lab, {b"[y/N] ": answer})
-        assert re.search(r"challenge=[a-z]+-01 ident=a.example.test token=[\w-]+ key_auth=[\w-]+", said)
+        assert re.search(r"challenge=http-01 ident=a.example.test token=([\w-]+) key_auth=\1\.[\w-]+\r", said)
+        assert status in said
         if answer == b"y\n":
             alike.certificate()
 
@@ -7751,16 +7761,17 @@ class TestAsUacme:
             twin = our_twin(tmp_path / "home", ca.directory_url, ca.ca_file)
             recorder(twin.home)
             twin.run(["-y", "new"])
-            issuers = []
-            for options in (["-t", "EC"], ["-l", "1"], ["-l", "2"], ["-l", "9"]):
+            path, roots = twin.home / "conf/a.example.test/cert.pem", []
+
+            def issued(*options: str) -> str:
                 assert twin.run(["-f", *options, *ISSUE]).status == 0
-                issuers.append(twin.certificate().issuer)
-            chain = twin.home / "conf/a.example.test/cert.pem"
-            wanted = wucme.parse_certificate(wucme.certificates(chain.read_bytes())[-1]).fingerprint(hashes.SHA256())
-            assert twin.run(["-f", "-l", wanted[:4].hex(":"), *ISSUE]).status == 0
-            issuers.append(twin.certificate().issuer)
-        assert len(set(issuers)) == 3
-        assert issuers[0] == issuers[3] == issuers[4]
+                return wucme.parse_certificate(wucme.certificates(path.read_bytes())[-1]).issuer.rfc4514_string()
+
+            roots = [issued(*options) for options in (["-t", "EC"], ["-l", "1"], ["-l", "2"], ["-l", "9"])]
+            mark = wucme.authority_key(wucme.parse_certificate(wucme.certificates(path.read_bytes())[-1]))
+            assert issued("-l", mark[:4].hex(":")) == roots[0]
+        assert len(set(roots)) == 3
+        assert roots[0] == roots[3]
 
 
 @pytest.mark.process
@@ -7787,7 +7798,7 @@ class TestAsUacmeInAFlatDirectory:
         assert self.run(lab, "check", "x86vms.domain.net").status == 0
         done = self.run(lab, "--verbose", "issue", "x86vms.domain.net")
         assert done.status == 0, done.err
-        said = ["expires: 28 renew: -1", "loading key from ", "fetching directory at", "account location: ",
+        said = ["expires: 28 renew: -1", "loading key from ", "fetching directory at",
                 "creating new order for x86vms.domain.net", "order URL: ", "retrieving authorization at",
                 "starting challenge at", "polling order status at", "finalizing order at", "retrieving certificate at",
                 f"saving certificate to {chain}_tmp", f"reading private key {key}", f"backed up {chain} as {chain}_20",

@@ -3655,11 +3655,12 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
 
 def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
     """The chain that is preferred, of all that the CA offers; its first where none is."""
-    if not preferred or (not preferred.isdigit() and chain_matches(first.body, preferred)):
+    number = int(preferred) if re.fullmatch("[0-9]{1,3}", preferred) else 0
+    if not preferred or (not number and chain_matches(first.body, preferred)):
         return first.body
-    for number, url in enumerate(alternates(first), 1):
+    for url in alternates(first)[number - 1:number] if number else alternates(first):
         body = client.post(client.own_url(url, "alternate chain"), None).body
-        if preferred == str(number) or chain_matches(body, preferred):
+        if number or chain_matches(body, preferred):
             return body
     log(f"chain = {preferred}: the CA offers no such chain; its default is taken")
     return first.body
@@ -5869,7 +5870,7 @@ class Call(NamedTuple):
     @property
     def by_request(self) -> bool:
         """Whether a certificate is asked for by a signing request in a file."""
-        return self.verb in ("issue", "check") and len(self.words) == 1 and os.path.isfile(self.words[0])
+        return self.verb in ("issue", "check") and os.path.isfile(self.words[0])
 
 
 def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
@@ -5959,7 +5960,9 @@ def uacme_directory(path: str, mode: int, make: bool) -> None:
 
 def uacme_key(path: str, kind: str, make: bool) -> PrivateKey:
     """The key in a file of uacme's, made if it may be."""
-    if make and not os.path.exists(path):
+    if not make and not os.path.exists(path):
+        raise FileError(f"{path}: no such file (only `new` makes the first one, and nothing does with -n)")
+    if not os.path.exists(path):
         log(f"making a key, {path}")
         create(path, key_pem(new_key(kind)), Owner(0o400, -1, -1))
         sync_directory(path)
@@ -6055,6 +6058,8 @@ def uacme_revoke(call: Call) -> int:
 def uacme_entry(call: Call) -> Entry:
     """The certificate that a call is about, in uacme's places; its key and directories are made if they may be."""
     word, wanted = call.words[0], call.settings.default
+    if call.by_request and call.words[1:]:
+        raise SettingsError(f"--uacme: {word} is a file: a signing request has its names in it, and takes no more")
     if call.by_request:
         wanted = wanted._replace(csr=os.path.abspath(word), names=request_facts(read(word))[1])
         chain, key = f"{os.path.splitext(wanted.csr)[0]}-cert.pem", wanted.csr
@@ -6197,8 +6202,9 @@ def in_flat(call: Call) -> int:
     now = world.now()
     with locked(settings.run, world):
         request = Request("issue", (label,), "f" in call.given)
-        told = ask_windows(examine(take_stock(settings), request, now), settings, clients, now)
-        found = choose(take_stock(settings), [label])[0]
+        inventory = take_stock(settings)
+        told = ask_windows(examine(inventory, request, now), settings, clients, now)
+        found = choose(inventory, [label])[0]
         decision = decide(told.get(found.name, found), now, True, request.force)
         if call.verb == "check":
             return 0 if decision.due else 1
