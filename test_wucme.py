@@ -7,6 +7,7 @@ many times, `pebble` needs that test CA, `servers` needs servers from Debian; `.
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import contextlib
 import email.utils
@@ -24,6 +25,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import smtplib
 import socket
@@ -56,6 +58,15 @@ from hypothesis import strategies as st
 import wucme
 
 SCRIPT = Path(wucme.__file__).resolve()
+if os.geteuid() == 0 and (wucme.anyone_may_write(str(SCRIPT)) or wucme.others_may_write(str(SCRIPT))):
+    FILES = Path(tempfile.mkdtemp())        # root trusts no file of others, so a checkout of others is copied
+    atexit.register(shutil.rmtree, FILES)
+    shutil.copytree(SCRIPT.parent, FILES, ignore=shutil.ignore_patterns(".venv", ".cache", ".git"), dirs_exist_ok=True)
+    for checked_out in (FILES, *FILES.rglob("*")):
+        os.chown(checked_out, 0, 0)
+        checked_out.chmod(checked_out.stat().st_mode & ~0o022)
+    SCRIPT = FILES / "wucme.py"
+    wucme.__file__ = str(SCRIPT)
 
 
 def mode(path: Path) -> int:
@@ -1039,11 +1050,42 @@ class TestFiles:
         assert mode(tmp_path / "key_1") == 0o600
 
     @pytest.mark.parametrize(("bits", "anyone"), [(0o644, False), (0o664, False), (0o646, True), (0o602, True)])
-    def test_anyone_may_write(self, tmp_path: Path, bits: int, anyone: bool) -> None:
+    @pytest.mark.parametrize("user", [0, 1000])
+    def test_what_anyone_may_write_is_not_for_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int,
+                                                   anyone: bool, user: int) -> None:
         (tmp_path / "file").touch()
         (tmp_path / "file").chmod(bits)
-        assert wucme.anyone_may_write(str(tmp_path / "file")) is anyone
-        assert wucme.anyone_may_write(str(tmp_path / "none")) is False
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        path = str(tmp_path / "file")
+        fault = f"{path}: anyone may write it, and root trusts it; chmod o-w {path}"
+        assert wucme.anyone_may_write(path) == (fault if anyone and user == 0 else "")
+        assert not wucme.anyone_may_write(str(tmp_path / "none"))
+
+    @pytest.mark.parametrize(("bits", "fine"), [(0o755, True), (0o777, False), (0o1777, True)])
+    def test_directories_on_the_way_count_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int,
+                                              fine: bool) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        (tmp_path / "open" / "below").mkdir(parents=True)
+        (tmp_path / "open").chmod(bits)
+        (tmp_path / "link").symlink_to("open")
+        for way in (tmp_path / "open", tmp_path / "link"):
+            assert bool(wucme.anyone_may_write(str(way / "below" / "file"))) is not fine
+        assert bool(wucme.anyone_may_write(str(tmp_path / "open"))) is (bits != 0o755), "sticky or not"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    @pytest.mark.parametrize(("which", "bits", "user", "said"), [
+        ("file", 0o644, 0, ""), ("file", 0o664, 0, " (group 0 may write it)"),
+        ("file", 0o644, 12345, " (it belongs to user 12345)"), ("", 0o755, 12345, " (it belongs to user 12345)"),
+        ("", 0o775, 0, "")])
+    def test_who_else_may_write(self, tmp_path: Path, which: str, bits: int, user: int, said: str) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / which).chmod(bits)
+        os.chown(tmp_path / which, user, 0)
+        (tmp_path.parent / "link").unlink(missing_ok=True)
+        (tmp_path.parent / "link").symlink_to(tmp_path)
+        for way in (tmp_path, tmp_path.parent / "link"):
+            found = wucme.others_may_write(str(way / "file"))
+            assert found in ([f"{one / which}{said}" for one in (way, tmp_path)] if said else [""])
 
     def test_directories_can_be_passed_whatever_the_umask(self, tmp_path: Path) -> None:
         before = os.umask(0o077)
@@ -1486,8 +1528,8 @@ class TestSettings:
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         found = read_text("")
         assert found.run._replace(host="") == wucme.RunScope(
-            directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, lock_wait=600, timeout=20,
-            deadline=120, alert=(), metrics="", host="")
+            directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, orders=100, lock_wait=600,
+            timeout=20, deadline=120, alert=(), metrics="", host="")
         assert found.run.host == os.uname().nodename
         assert found.default == wucme.CertificateScope(
             server=("letsencrypt",), names=(), key="ecdsa-p256", rotate=False, renew=wucme.Renewal(auto=True),
@@ -1701,7 +1743,7 @@ class TestIniFile:
         if fine:
             assert wucme.read_source(str(path)).text == "[wucme]\n"
         else:
-            with pytest.raises(wucme.SettingsError, match="anyone may write this file"):
+            with pytest.raises(wucme.SettingsError, match="anyone may write it"):
                 wucme.read_source(str(path))
 
     def test_byte_order_mark_and_crlf_are_accepted(self, tmp_path: Path) -> None:
@@ -2029,15 +2071,14 @@ class TestRarity:
     ])
     def test_runs_must_come_at_least_twice_between_the_renewal_point_and_the_end(
             self, lifetime: float, gaps: list[float], told: bool) -> None:
-        decision = wucme.decide(entry(known(lifetime, lifetime / 10)), NOW)
         runs = list(itertools.accumulate([NOW - sum(gaps), *gaps]))
-        said = wucme.too_rare(decision, runs)
+        said = wucme.too_rare(entry(known(lifetime, lifetime / 10)), runs)
         assert bool(said) is told
         assert not said or re.search(r"^www\.example\.org: runs come every [0-9.]+ hours, but .* run at least ", said)
 
     def test_what_is_never_renewed_or_not_there_needs_no_runs(self) -> None:
         for one in (entry(known(DAY, 0), renew="never"), entry(None)):
-            assert wucme.too_rare(wucme.decide(one, NOW), [0.0, 9 * DAY]) == ""
+            assert wucme.too_rare(one, [0.0, 9 * DAY]) == ""
 
 
 class TestPlan:
@@ -2397,7 +2438,7 @@ class TestWays:
         journal.add("webroot", proofs[1], str(tmp_path / "file"))
         journal.add("nsupdate", proofs[0], "_acme-challenge.a.example.")
         journal.add("hook", proofs[0])
-        journal.undo(task, "done")
+        wucme.undo_all(journal, task, "done")
         assert not (tmp_path / "file").exists()
         assert [row.way for row in journal.rows] == ["hook"]
         assert "no hook for it is set any more" in "".join(log.held)
@@ -2423,7 +2464,7 @@ class TestWays:
         journal.add("webroot", wucme.Proof(HTTP, "a.example", "t", "x"), str(tmp_path / "file"))
         (tmp_path / "file").touch()
         wucme.ending.number = signal.SIGTERM
-        journal.undo(task, "failed")
+        wucme.undo_all(journal, task, "failed")
         assert (tmp_path / "file").exists()
         assert len(list(wucme.undo_left(task, journal.path))) == 1
         assert not (tmp_path / "file").exists()
@@ -3046,7 +3087,7 @@ class TestStore:
                   "wucme_c_x.pem_20260213002000860", "wucme_k_x.pem_2026021300200086"]
         for name in [*others, *(f"wucme_c_x.pem_{stamp}" for stamp in stamps)]:
             (tmp_path / name).touch()
-        wucme.prune(str(tmp_path / "wucme_c_x.pem"), keep)
+        wucme.prune(str(tmp_path), ["wucme_c_x.pem"], keep)
         assert set(os.listdir(tmp_path)) == {*others, *(f"wucme_c_x.pem_{one}" for one in stamps[max(0, 4 - keep):])}
 
     def test_sweep_removes_what_was_left_but_for_what_is_kept(self, tmp_path: Path) -> None:
@@ -3402,13 +3443,13 @@ class TestLedger:
         stranger.save()
         assert not wucme.Ledger(str(tmp_path), "alpha").stranger
 
-    def test_the_machine_is_told_by_a_digest_of_its_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_machine_is_told_by_a_checksum_of_its_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         for text in (b"one", b"two"):
             monkeypatch.setattr(wucme, "read", lambda path, text=text: text)
             found.append(wucme.machine_id())
         assert len(set(found)) == 2
-        assert all(re.fullmatch("[0-9a-f]{32}", one) for one in found)
+        assert all(re.fullmatch("[0-9a-f]{8}", one) for one in found)
 
     def test_nothing_new_is_not_written(self, tmp_path: Path) -> None:
         wucme.Ledger(str(tmp_path), "alpha").save()
@@ -3531,6 +3572,178 @@ class TestReport:
         assert "owed: $ \\x1b: no\\nway" in lines[1]
 
 
+# --- 14. diagnosis -----------------------------------------------------------------------------
+
+PUBLIC, OTHER = "1.1.1.1", "8.8.8.8"       # addresses that only stand in tables here: nothing is sent to them
+
+
+def case(tmp_path: Path, *names: str, world: wucme.World = wucme.REAL,
+         issuers: Mapping[str, Sequence[str]] | None = None, **settings: str) -> wucme.Case:
+    """A certificate to be looked at."""
+    found = wucme.read_settings(wucme.NOWHERE, {"directory": str(tmp_path), **settings})
+    found, label = wucme.declare(found, names or ("a.example.test",), {})
+    one = wucme.take_stock(found).entries[label]
+    task = wucme.Task(wucme.wanted_names(one), one.wanted, (), 0.0, wucme.Answers(str(tmp_path)), world,
+                      threading.Event(), "check")
+    return wucme.Case(one, wucme.wanted_names(one), found, task, {}, issuers or {})
+
+
+def told(findings: Iterable[wucme.Finding]) -> list[str]:
+    """Findings as lines."""
+    return [f"{one.level} {one.about}: {one.text}" for one in findings]
+
+
+def site_map(pages: Mapping[tuple[str, str], tuple[int, str]]) -> Callable[[str, str, float], wucme.Response]:
+    """A web of pages, by URL without the token and by address: status, and where it redirects to or what it says."""
+    def visit(url: str, address: str, timeout: float) -> wucme.Response:
+        start, _, token = url.rpartition("/")
+        if (start, address) not in pages:
+            raise wucme.NetworkError("Connection refused")
+        status, text = pages[start, address]
+        redirect = 300 <= status < 400
+        return response(status, b"" if redirect else text.replace("TOKEN", token).encode(),
+                        **({"Location": text.replace("TOKEN", token)} if redirect else {}))
+    return visit
+
+
+class TestDiagnosis:
+    @pytest.mark.parametrize(("url", "address", "fault"), [
+        ("http://b.example/x", OTHER, ""), ("https://b.example/", OTHER, ""), ("https://b.example:443/", OTHER, ""),
+        ("http://b.example:443/", OTHER, ""), ("http://b.example:8080/", OTHER, "port 8080 is neither 80 nor 443"),
+        ("ftp://b.example/", OTHER, "ftp is not http or https; port 0 is neither 80 nor 443"),
+        ("http://192.168.1.86/", "192.168.1.86", "a private address, not a name; 192.168.1.86 is the private address "
+                                                 "192.168.1.86"),
+        (f"http://{OTHER}/", OTHER, "an address, not a name"),
+        ("http://inner/", OTHER, "inner is no name of the public DNS"),
+        ("http://b.example/", "10.0.0.1", "b.example is the private address 10.0.0.1"),
+        ("http://[::1]/", "::1", "a private address, not a name; ::1 is no name of the public DNS; ::1 is the private "
+                                 "address ::1"),
+    ])
+    def test_where_public_cas_are_not_redirected_to(self, url: str, address: str, fault: str) -> None:
+        assert wucme.redirect_fault(url, address, PUBLIC) == fault
+
+    def test_a_name_that_is_private_here_may_lead_to_another_one(self) -> None:
+        assert wucme.redirect_fault("http://b.example/", "10.0.0.1", "10.0.0.2") == ""
+
+    START = "http://a.example.test/.well-known/acme-challenge"
+
+    @pytest.mark.parametrize(("pages", "line"), [
+        ({(START, PUBLIC): (200, "TOKEN.check\n")}, f"ok a.example.test: {PUBLIC}: a token published now is answered"),
+        ({(START, PUBLIC): (200, "TOKEN.other")},
+         f"problem a.example.test: {PUBLIC}: not a token published now, but HTTP status 200 came; pass /.well-known/"),
+        ({(START, PUBLIC): (404, "")},
+         f"problem a.example.test: {PUBLIC}: not a token published now, but HTTP status 404"),
+        ({}, f"note a.example.test: {PUBLIC}: port 80 gives no answer to this host: Connection refused; behind a "),
+        ({(START, PUBLIC): (302, "https://b.example/x/TOKEN"), ("https://b.example/x", OTHER): (200, "TOKEN.check")},
+         f"ok a.example.test: {PUBLIC}: a token published now is answered, redirected to https://b.example/x/"),
+        ({(START, PUBLIC): (302, "http://192.168.1.86/TOKEN"),
+          ("http://192.168.1.86", "192.168.1.86"): (200, "TOKEN.check")},
+         f"problem a.example.test: {PUBLIC}, redirected to http://192.168.1.86/"),
+        ({(START, PUBLIC): (301, "http://none.example/TOKEN")}, "problem a.example.test: "),
+        ({(START, PUBLIC): (301, "http://[/TOKEN")}, "problem a.example.test: "),
+        ({(START, PUBLIC): (302, "/.well-known/acme-challenge/TOKEN")}, "problem a.example.test: "),
+    ])
+    def test_the_token_is_looked_for_as_the_ca_looks(
+            self, tmp_path: Path, pages: Mapping[tuple[str, str], tuple[int, str]], line: str) -> None:
+        def resolve(host: str) -> list[str]:
+            found = {"a.example.test": [PUBLIC], "b.example": [OTHER]}.get(host)
+            if not found:
+                raise wucme.NetworkError("the name does not resolve")
+            return found
+
+        world = wucme.REAL._replace(visit=site_map(pages), resolve=resolve)
+        lines = told(wucme.about_reach(case(tmp_path, world=world)))
+        assert len(lines) == 1
+        assert lines[0].startswith(line)
+        assert not list((tmp_path / "tokens").iterdir())
+
+    def test_what_is_this_hosts_and_gives_no_answer_is_a_problem(self, tmp_path: Path) -> None:
+        world = wucme.REAL._replace(visit=site_map({}), resolve=lambda _: ["127.0.0.1"])
+        assert told(wucme.about_reach(case(tmp_path, world=world))) == [
+            "problem a.example.test: 127.0.0.1: port 80 gives no answer: Connection refused; open it, or see who has "
+            "it"]
+
+    def test_no_token_is_tried_where_none_can_be(self, tmp_path: Path) -> None:
+        assert told(wucme.about_reach(case(tmp_path, hook="uacme:/h"))) == []
+        assert told(wucme.about_reach(case(tmp_path, challenge="dns-01"))) == []
+        assert "no account key yet" in told(wucme.about_reach(case(tmp_path, stateless="yes")))[0]
+
+    def test_where_the_names_lead(self, tmp_path: Path) -> None:
+        def resolve(host: str) -> list[str]:
+            if host == "none.example.test":
+                raise wucme.NetworkError("the name does not resolve")
+            return ["127.0.0.1", PUBLIC, "2001:db8::1"]
+
+        one = case(tmp_path, "a.example.test", "none.example.test", world=wucme.REAL._replace(resolve=resolve))
+        private = "(private: a public CA needs another one from its own DNS)"
+        assert told(wucme.about_addresses(one)) == [
+            f"ok a.example.test: 127.0.0.1 is this host's {private}",
+            f"note a.example.test: {PUBLIC} is not this host's: right if it is a router's or front's that passes "
+            "/.well-known/acme-challenge/ on to here",
+            f"note a.example.test: 2001:db8::1 is not this host's {private}: right if it is a router's or front's that "
+            "passes /.well-known/acme-challenge/ on to here",
+            "problem none.example.test: the name does not resolve here: give it an A or AAAA record"]
+        assert told(wucme.about_addresses(case(tmp_path, "*.a.example.test", challenge="dns-01"))) == []
+
+    @pytest.mark.parametrize(("records", "name", "problem"), [
+        ({}, "www.a.example", ""), ({"a.example.": ['0 issue "ca.test"']}, "www.a.example", ""),
+        ({"a.example.": ['0 issue "CA.test; x=y"', '0 iodef "mailto:a@b"']}, "www.a.example", ""),
+        ({"a.example.": ['0 issue "other.test"']}, "www.a.example",
+         "CAA at a.example allows other.test, but letsencrypt is ca.test: change the record, or the server"),
+        ({"a.example.": ['0 issue ";"']}, "a.example", "CAA at a.example allows no CA"),
+        ({"www.a.example.": ['0 issue "ca.test"'], "a.example.": ['0 issue ";"']}, "www.a.example", ""),
+        ({"www.a.example.": ['0 iodef "mailto:a@b"'], "a.example.": ['0 issue ";"']}, "www.a.example", ""),
+        ({"a.example.": ['0 issue "ca.test"', '0 issuewild ";"']}, "a.example", ""),
+        ({"a.example.": ['0 issue "ca.test"', '0 issuewild ";"']}, "*.a.example", "CAA at a.example allows no CA"),
+        ({"a.example.": ['0 issue "ca.test"']}, "*.a.example", ""),
+        ({"www.a.example.": ["elsewhere.test.", '0 issue ";"']}, "www.a.example", "CAA at www.a.example allows no CA"),
+    ])
+    def test_caa(self, tmp_path: Path, records: Mapping[str, list[str]], name: str, problem: str) -> None:
+        def dig(argv: Sequence[str], *_: Any, **__: Any) -> wucme.Finished:
+            return wucme.Finished("", list(records.get(argv[-1], [])))
+
+        one = case(tmp_path, name, world=wucme.REAL._replace(command=dig), issuers={"letsencrypt": ["ca.test"]})
+        lines = told(wucme.about_caa(one))
+        assert lines == [] if not problem else lines[0].startswith(f"problem {name}: {problem}")
+
+    def test_caa_without_dig_is_a_note(self, tmp_path: Path) -> None:
+        world = wucme.REAL._replace(command=lambda *_, **__: wucme.Finished("cannot be run: No such file", []))
+        assert told(wucme.about_caa(case(tmp_path, "a.example", "b.example", world=world)))[0].startswith(
+            "note a.example: CAA records could not be looked up: dig CAA a.example.: cannot be run")
+
+    def test_what_is_missing_on_this_host(self, tmp_path: Path) -> None:
+        (tmp_path / "there").write_text("#!/bin/sh\n")
+        (tmp_path / "there").chmod(0o755)
+        load = "\n".join([f"@{tmp_path}/there", f"@{tmp_path}/none x", "$ anything", "+nginx",
+                          f"> {tmp_path}/{{name}}.pem", f"> {tmp_path}/none/x.pem", "> /x owner=nobody-at-all"])
+        lines = told(wucme.about_loads(case(tmp_path, load=load)))
+        assert lines == [
+            f"problem a.example.test: load: @{tmp_path}/none x: {tmp_path}/none is not there, or cannot be executed",
+            f"problem a.example.test: load: > {tmp_path}/none/x.pem: {tmp_path}/none is not there",
+            "problem a.example.test: load: > /x owner=nobody-at-all: owner=nobody-at-all: no such user or group on "
+            "this host"]
+        assert told(wucme.about_loads(case(tmp_path)))[0].startswith("note a.example.test: the load list is empty")
+        one = case(tmp_path, webroot=f"{tmp_path} {tmp_path}/none", hook=f"uacme:{tmp_path}/none",
+                   nsupdate=f"{tmp_path}/k")
+        assert [line.partition(": is not there")[0] for line in told(wucme.about_files(one))] == [
+            f"problem a.example.test: {what}" for what in
+            (f"webroot {tmp_path}/none", f"hook {tmp_path}/none", f"nsupdate {tmp_path}/k")]
+
+    @pytest.mark.parametrize(("level", "text", "late"), [
+        ("ok", "answers, and its clock agrees", 0),
+        ("problem", "this host's clock is 3600 s ahead of the CA's: set it", 3600),
+        ("problem", "this host's clock is 3600 s behind the CA's: set it", -3600)])
+    def test_the_ca_and_its_clock(self, fake: fakeca.FakeCA, tmp_path: Path, level: str, text: str, late: int) -> None:
+        settings = wucme.read_settings(wucme.NOWHERE, {"directory": str(tmp_path), "server": fake.url,
+                                                       "ca_file": str(fake.ca_file)})
+        issuers: dict[str, Sequence[str]] = {}
+        world = wucme.REAL._replace(now=lambda: float(int(time.time())) + late)
+        found = list(wucme.about_server(settings, fake.url, world, issuers))
+        assert [one.level for one in found] == [level]
+        assert text in re.sub(r"3(599|601)", "3600", found[0].text)
+        assert issuers == {fake.url: ["fakeca.example"]}
+
+
 # --- shape: what holds of the script as a whole ------------------------------------------------
 
 SOURCE = SCRIPT.read_text("utf-8")
@@ -3550,6 +3763,7 @@ LAYERS: dict[int, tuple[str, set[int]]] = {
     11: ("load", {1, 2, 3, 4, 5}),
     12: ("report", {1, 7}),
     13: ("run", set(range(1, 13))),
+    14: ("diagnosis", set(range(1, 14))),
     15: ("uacme", set(range(1, 14))),
     16: ("command line", set(range(1, 16))),
 }
@@ -3694,7 +3908,7 @@ class TestShape:
                 "print(status, [name for name in heavy if name in sys.modules])")
         done = subprocess.run(
             [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True,
-            env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
         assert (done.stdout, done.stderr) == ("0 []\n", "")
         assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
 
@@ -4240,8 +4454,19 @@ class TestCertificationAuthority:
         assert lab.run("renew", "--force").status == 0
         paths = [path.split("/")[1] for _, path, _ in fake.requests]
         assert [path for path, _ in itertools.groupby(paths)] == [
-            "directory", "new-order", "authz", "challenge", "order", "finalize", "order", "cert"]
+            "directory", "new-order", "authz", "challenge", "order", "finalize", "cert"]
         assert fake.connections - before == 1
+
+    def test_so_many_orders_a_run_and_the_most_urgent_first(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        for name, days in (("late", 20), ("later", 25), ("latest", 28)):
+            lab.old_pair(f"{name}.example.test", days=days)
+        done = lab.run("--orders", "2")
+        assert done.status == 1
+        assert done.lines[-1] == "6 files, 3 certs, 2 renewed, 0 failed"
+        assert "1 more are due, and left to the next run (orders = 2): latest.example.test" in done.err
+        assert orders(fake) == 2
+        assert lab.run("--orders", "2").status == 0
+        assert orders(fake) == 3
 
     def test_one_connection_a_worker(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for number in range(12):
@@ -6253,6 +6478,110 @@ class TestFronts:
 
 
 @pytest.mark.process
+class TestCheck:
+    """What `check` says before an order is spent, with real sockets and names of the test's own."""
+
+    @pytest.fixture(autouse=True)
+    def no_dns(self, lab: Host) -> None:
+        """A dig that knows no record, so that nobody is asked."""
+        tool = lab.home / "bin" / "dig"
+        tool.parent.mkdir()
+        tool.write_text("#!/bin/sh\n")
+        tool.chmod(0o755)
+        lab.environment["PATH"] = f"{tool.parent}:{testbed.SYSTEM_PATH}"
+
+    def check(self, lab: Host, names: Mapping[str, Sequence[str]], *arguments: str, path: str = "") -> Done:
+        """Run it where /etc/hosts has these names."""
+        hosts = lab.home / "hosts"
+        lines = [f"{address} {name}\n" for name, addresses in {"localhost": ["127.0.0.1"], **names}.items()
+                 for address in addresses]
+        hosts.write_text("".join(lines))
+        mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        done = subprocess.run(
+            [testbed.program("unshare"), "-m", "sh", "-c", mount, str(hosts), *lab.command("check", *arguments)],
+            env={**lab.environment, **({"PATH": path} if path else {})}, capture_output=True, text=True, timeout=60,
+            check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def test_all_is_well_before_the_first_order(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        address = testbed.own_address(80)
+        lab.write("$ true", listen=f"{address}:80")
+        done = self.check(lab, {"a.example.test": [address]}, "a.example.test")
+        assert (done.status, done.err) == (0, "")
+        assert done.out.splitlines() == [
+            f"ok      {fake.url}: {fake.url} answers, and its clock agrees",
+            f"ok      a.example.test: http-01: {address}:80 can be listened on",
+            f"ok      a.example.test: {address} is this host's "
+            "(private: a public CA needs another one from its own DNS)",
+            f"ok      a.example.test: {address}: a token published now is answered"]
+        assert orders(fake) == 0
+        assert lab.left() == set()
+        assert self.check(lab, {"a.example.test": [address]}, "a.example.test", "--quiet").out == ""
+
+    def test_what_would_go_wrong_is_said_with_its_remedy(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        address = testbed.own_address(80)
+        lab.write("@/nonexistent/procedure", listen=f"{address}:80", sections="[a.example.test]\n[b.example.test]\n")
+        text = (f"server {{ listen {address}:80; server_name a.example.test; "
+                "return 302 http://127.0.0.9$request_uri; }\n"
+                f"server {{ listen {address}:80; server_name b.example.test; return 404; }}")
+        with testbed.PlainWeb(lab.home / "web", "nginx", text, 80, address=address):
+            done = self.check(lab, {"a.example.test": [address], "b.example.test": [address]})
+        assert done.status == 1
+        for part in (f"problem a.example.test: cannot listen on {address}:80: in use by nginx (pid ",
+                     "problem a.example.test: load: @/nonexistent/procedure: /nonexistent/procedure is not there",
+                     f"problem a.example.test: {address}, redirected to http://127.0.0.9/.well-known/acme-challenge/",
+                     "a private address, not a name",
+                     f"problem b.example.test: {address}: not a token published now, but HTTP status 404 came; pass "
+                     "/.well-known/acme-challenge/ of this name on to what answers here"):
+            assert part in done.out
+        assert orders(fake) == 0
+
+    @pytest.mark.parametrize("answers", ["listen", "webroot", "stateless", "cgi"])
+    def test_every_way_to_answer_is_tried(self, answers: str, lab: Host, public: Path) -> None:
+        address = testbed.own_address(80)
+        print_of_account = lab.run("thumbprint").out.splitlines()[0]
+        (public / "www").mkdir(mode=0o755)
+        texts = {"listen": "", "webroot": f"root {public}/www;",
+                 "stateless": f'location ~ "/([^/]+)$" {{ return 200 "$1.{print_of_account}"; }}',
+                 "cgi": f"location /.well-known/acme-challenge/ {{ alias {public}/tokens/; }}"}
+        changes = {"listen": {"listen": f"{address}:80"}, "webroot": {"webroot": f"{public}/www"},
+                   "stateless": {"stateless": "yes"}, "cgi": {"listen": "none", "directory": str(public)}}[answers]
+        lab.write("$ true", **{"listen": "", **changes})
+        with contextlib.ExitStack() as stack:
+            if answers != "listen":
+                text = f"server {{ listen {address}:80; {texts[answers]} }}"
+                stack.enter_context(testbed.PlainWeb(public / "web", "nginx", text, 80, address=address))
+            done = self.check(lab, {"a.example.test": [address]}, "a.example.test")
+        assert done.status == 0, done.out
+        assert f"ok      a.example.test: {address}: a token published now is answered" in done.out
+        assert ("port 80 here: " in done.out) == (answers != "listen")
+
+    def test_caa_as_the_dns_has_it(self, lab: Host, tmp_path: Path) -> None:
+        address = testbed.own_address(80)
+        lab.write("$ true", listen=f"{address}:80")
+        zones = {"example.test": ('@ CAA 0 issue "fakeca.example"', 'b CAA 0 issue "other.example"')}
+        names = {"a.example.test": [address], "b.example.test": [address]}
+        with testbed.Bind(tmp_path / "bind", zones) as bind:
+            done = self.check(lab, names, *names, path=bind.path)
+        assert re.findall("(?m)^.*CAA.*$", done.out) == [
+            "problem b.example.test: CAA at b.example.test allows other.example, but "
+            f"{lab.settings['server']} is fakeca.example: change the record, or the server"]
+
+    def test_it_waits_for_no_lock_and_needs_no_certificate(self, lab: Host) -> None:
+        lab.write(listen=f"127.0.0.1:{testbed.free_ports(1)[0]}")
+        lock = wucme.take_lock(str(lab.directory / "wucme.lock"))
+        assert lab.run("check").status == 0
+        assert lock is not None
+        os.close(lock)
+
+    def test_a_ca_that_cannot_be_reached(self, lab: Host) -> None:
+        lab.write(server="https://127.0.0.1:1/", listen=f"127.0.0.1:{testbed.free_ports(1)[0]}")
+        done = lab.run("check", "a.example.test")
+        assert done.status == 1
+        assert "problem https://127.0.0.1:1/: cannot reach 127.0.0.1:1: Connection refused; look at" in done.out
+
+
+@pytest.mark.process
 class TestCommandLine:
     """What a person meets first."""
 
@@ -6560,6 +6889,310 @@ class TestHarmLimits:
         assert set((tmp_path / "loads").read_text().split()) == {*names}, "the one that failed is loaded as it is"
 
 
+NOBODY = 65534
+
+
+def as_nobody(*command: str, rights: Sequence[str] = ()) -> list[str]:
+    """A command as an ordinary user runs it, with these rights more."""
+    more = [f"--{kind}-caps=+{right}" for right in rights for kind in ("inh", "ambient")]
+    user = [testbed.program("setpriv"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    return [*user, *more, *command]
+
+
+def need(command: Sequence[str]) -> None:
+    """Skip a test if this machine forbids what it needs, as containers may."""
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"not allowed here: {shlex.join(command)}")
+
+
+# Runs a script, and writes down what it does on the disk as `strace -y -s 0` would.
+RECORDER = """
+import os, runpy, sys
+write, trace = os.write, os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+def recorded(name, real):
+    def call(*given, **more):
+        result = real(*given, **more)
+        told = [f"{one}<{os.readlink(f'/proc/self/fd/{one}')}>" if type(one) is int else f'"{one}"' for one in given
+                if type(one) is not bytes]
+        write(trace, f"1 {name}({', '.join(told)})\\n".encode())
+        return result
+    return call
+for name in ("fsync", "replace", "write", "pwrite"):
+    setattr(os, name, recorded({"replace": "rename"}.get(name, name), getattr(os, name)))
+sys.argv[:] = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that an ordinary user can reach and write in."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, NOBODY, NOBODY)
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+# Runs a command with a CA of its own, which asks at port 80; "root" is served there, or our answers as a CGI script.
+WITH_CA = """
+import functools, http.server, subprocess, sys, threading
+from pathlib import Path
+import fakeca
+home, way = Path(sys.argv[1]), sys.argv[2]
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+class Cgi(Files):
+    def do_GET(self):
+        about = {"GATEWAY_INTERFACE": "CGI/1.1", "WUCME_DIRECTORY": str(home / "certificates"),
+                 "REQUEST_METHOD": "GET", "PATH_INFO": self.path}
+        other = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", sys.executable]
+        done = subprocess.run([*other, home / "wucme.py"], env=about, stdout=subprocess.PIPE)
+        self.wfile.write(b"HTTP/1.0 200 OK\\r\\n" + done.stdout)
+if way in ("webroot", "cgi"):
+    handler = functools.partial(Files if way == "webroot" else Cgi, directory=str(home / "root"))
+    threading.Thread(target=http.server.HTTPServer(("127.0.0.1", 80), handler).serve_forever, daemon=True).start()
+with fakeca.FakeCA(home, 80) as fake:
+    sys.exit(subprocess.call([*sys.argv[3:], "--server", fake.url, "--ca-file", str(fake.ca_file)]))
+"""
+REDIRECT = """table inet wucme {
+  chain wucme {
+    type nat hook output priority -100
+    tcp dport 80 redirect to :8402
+  }
+}
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+class TestWithoutRoot:
+    """What README says may be granted, each in a network of its own."""
+
+    @pytest.mark.parametrize(("way", "options", "status"), [
+        ("nothing", [], 1), ("ambient", [], 0), ("setcap", [], 0), ("sysctl", [], 0),
+        ("redirect", ["--listen", "127.0.0.1:8402"], 0), ("webroot", ["--webroot", "root"], 0),
+        ("cgi", ["--listen", "none"], 0)])
+    def test_what_can_be_granted(self, open_place: Path, way: str, options: list[str], status: int) -> None:
+        need(as_nobody(sys.executable, "-c", ""))
+        need([testbed.program("unshare"), "-n", "true"])
+        python, prepare = sys.executable, "true"
+        if way == "setcap":
+            python = str(shutil.copy(os.path.realpath(sys.executable), open_place / "python"))
+            need([testbed.program("setcap"), "cap_net_bind_service=+ep", python])
+        elif way == "sysctl":
+            prepare = "echo 80 > /proc/sys/net/ipv4/ip_unprivileged_port_start"
+        elif way == "redirect":
+            (open_place / "rules").write_text(REDIRECT)
+            prepare = f"{testbed.program('nft')} -f rules"
+            need(["unshare", "-n", "sh", "-c", f"cd {open_place}; {prepare}"])
+        elif way == "webroot":
+            (open_place / "root").mkdir()
+            os.chown(open_place / "root", NOBODY, NOBODY)
+        script = str(shutil.copy(SCRIPT, open_place))
+        run = as_nobody(python, script, "issue", "a.example.test", "--agree", "--directory", "certificates", *options,
+                        rights=["net_bind_service"] if way == "ambient" else [])
+        with_ca = shlex.join([sys.executable, "-c", WITH_CA, str(open_place), way, *run])
+        paths = [str(SCRIPT.parent / ".ci"), *(path for path in sys.path if path.endswith("-packages"))]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(open_place), "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(["unshare", "-n", "sh", "-c", f"ip link set lo up && {prepare} && {with_ca}"],
+                              cwd=open_place, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, "80: not permitted" in done.stderr) == (status, way == "nothing"), done.stderr
+        chain = open_place / "certificates" / "wucme_c_a.example.test.pem"
+        assert [path.stat().st_uid for path in [chain] if path.exists()] == ([NOBODY] if status == 0 else [])
+
+
+def unit(settings: dict[str, str], text: str = "", **more: str) -> str:
+    """The service unit for an ini."""
+    body = "".join(f"{key} = {value}\n" for key, value in settings.items())
+    source = wucme.Source("/etc/wucme/wucme.ini", f"[wucme]\n{body}{textwrap.dedent(text)}")
+    found = wucme.read_settings(source, more)
+    return wucme.service(found, wucme.load_items(found), ["/bin/true", "a b", "$x", "100%"])
+
+
+# Runs a command as a unit of systemd would be: all read-only but for the paths named, and with these rights alone.
+CONFINED = """
+for at in $1; do [ ! -e "$at" ] || mount --bind "$at" "$at"; done
+for at in $(awk '{ print $2 }' /proc/self/mounts | sort -ur); do
+  case " $1 /proc /sys /dev" in
+    *" $at "*) ;;
+    *) case $at in /proc/*|/sys/*|/dev/*) ;; *) mount -o remount,bind,ro "$at" || exit 99;; esac;;
+  esac
+done
+rights=$2
+shift 2
+exec setpriv --no-new-privs --inh-caps=-all --bounding-set="-all$rights" "$@"
+"""
+
+
+@pytest.mark.process
+class TestTimer:
+    """What makes it run every hour."""
+
+    @pytest.mark.parametrize(("text", "strict"), [
+        ("", True), ("load = > /a/b.pem", True), ("load = ? a.example:443", True), ("load = +", False),
+        ("load = @/a/b", False), ("load = $ true", False), ("alert = $ true", False), ("hook = uacme:/a/b", False),
+        ("nsupdate = /a/key", False), ("[a.example]\nload = +nginx", False), ("[a.example]\nhook = lego:/a/b", False),
+        ("[a.example]\nload = > /a/b.pem", True)])
+    def test_unit_allows_what_the_settings_need(self, text: str, strict: bool) -> None:
+        found = unit({}, text)
+        assert ["ProtectSystem=strict" in found, "NoNewPrivileges=true" in found, "CapabilityBoundingSet=" in found,
+                "ReadWritePaths=" in found] == [strict] * 4
+        for setting in ("Type=oneshot", "PrivateTmp=true", "ProtectKernelModules=true", "ProtectControlGroups=true",
+                        f"UMask={'0077' if strict else '0022'}", "MemoryMax=", "TimeoutStartSec="):
+            assert setting in found
+
+    def test_directories_that_are_written_are_named(self) -> None:
+        found = unit({"directory": "/var/c%d", "log": "/var/log/a b/w.log", "metrics": "/var/m/w.prom",
+                      "webroot": "/srv/one /srv/two"}, """\
+            load =
+                > /etc/one/{name}/x.pem
+                > /etc/two/pre-{name}.pem
+            [a.example]
+            webroot = /srv/three
+            load = > /etc/three/x.pem
+            """)
+        assert re.findall("ReadWritePaths=(.*)", found) == [
+            '-/var/c%%d "-/var/log/a b" -/var/m -/etc/three -/etc/one -/etc/two -/srv/one -/srv/two -/srv/three']
+        assert 'ExecStart=/bin/true "a b" "$$x" 100%%\n' in found
+
+    def test_time_limit_is_longer_than_all_deadlines(self) -> None:
+        limit, more, longest = (int(re.findall("TimeoutStartSec=(.*)", text)[0]) for text in (
+            unit({}), unit({}, "load = $ true"), unit({"deadline": "1h", "lock_wait": "2h"})))
+        assert (limit, more, longest) == (7800, 8100, 3600 * 62)
+
+    @pytest.mark.parametrize("load", ["> /tmp/x.pem", "+nginx"])
+    def test_units_are_what_systemd_takes(self, tmp_path: Path, load: str) -> None:
+        verify = [testbed.program("systemd-analyze"), "verify", str(tmp_path / "wucme.service"),
+                  str(tmp_path / "wucme.timer")]
+        text = unit({"directory": '/a "b" $c %d\\e', "load": load})
+        (tmp_path / "wucme.timer").write_text(wucme.TIMER)
+        for spoilt in ("", "Umsk=1\n"):
+            (tmp_path / "wucme.service").write_text(text + spoilt)
+            done = subprocess.run(verify, capture_output=True, text=True, check=False)
+            assert ("Umsk" in done.stderr) if spoilt else (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can confine what root does")
+    def test_renewal_within_what_the_unit_allows(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        need([testbed.program("unshare"), "-m", "sh", "-c", "mount --bind /tmp /tmp"])
+        lab.old_pair("a.example.test")
+        os.chown(lab.key(), NOBODY, NOBODY)
+        copies, elsewhere, hidden = (tmp_path / name for name in ("copies", "elsewhere", "root"))
+        for path in (copies, elsewhere, hidden):
+            path.mkdir()
+        os.chown(copies, NOBODY, NOBODY)
+        copies.chmod(0o700)
+        lab.write(f"> {copies}/{{name}}.pem what=pair owner=nobody:nogroup", webroot=str(hidden))
+        text = lab.run("timer", "systemd").out
+        paths = re.findall("(?m)^ReadWritePaths=(.*)", text)[0].replace("-/", "/")
+        rights = re.sub("CAP_(?=[A-Z])", ",+", re.findall("(?m)^CapabilityBoundingSet=(.*)", text)[0]).replace(" ", "")
+        confined = ["unshare", "-m", "sh", "-c", CONFINED, "sh", paths, rights.lower()]
+
+        def run() -> Done:
+            done = subprocess.run([*confined, *lab.command("--rotate", "--workers", "1")], env=lab.environment, cwd="/",
+                                  capture_output=True, text=True, check=False, timeout=60)
+            return Done(done.returncode, done.stdout, done.stderr)
+
+        done = run()
+        assert done.status == 0, done.err
+        about = (copies / "a.example.test.pem").stat()
+        assert (about.st_uid, about.st_mode & 0o777) == (NOBODY, 0o600)
+        assert lab.chain().stat().st_uid == NOBODY
+        lab.write(f"> {elsewhere}/{{name}}.pem", webroot=str(hidden))
+        done = run()
+        assert (done.status, "Read-only file system" in done.err) == (1, True), "the confinement holds"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can confine what root does")
+    def test_procedures_do_what_they_must_within_what_the_unit_allows(self, fake: fakeca.FakeCA, lab: Host,
+                                                                      tmp_path: Path) -> None:
+        read_only = "".join(f"mount --bind {at} {at}; mount -o remount,bind,ro {at}; " for at in ("/proc/sys", "/sys"))
+        confined = ["unshare", "-m", "sh", "-c", f'set -e; {read_only} umask 022; exec "$@"', "sh",
+                    testbed.program("setpriv"), "--bounding-set=-sys_module,-syslog"]
+        need([*confined, "true"])
+        lab.old_pair("a.example.test")
+        lab.write(f"$ cp $WUCME_CERT {tmp_path}/public; chown nobody {tmp_path}/public")
+        assert "ProtectSystem" not in lab.run("timer", "systemd").out
+        done = subprocess.run([*confined, *lab.command()], env=lab.environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        about = (tmp_path / "public").stat()
+        assert (about.st_uid, about.st_mode & 0o777) == (NOBODY, 0o644)
+
+    def installer(self, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+        """The script with places of its own for units and tables, and with its own crontab and systemctl."""
+        units, tables, programs = (tmp_path / name for name in ("units", "cron.d", "programs"))
+        for path in (units, tables, programs):
+            path.mkdir(exist_ok=True)
+        called, table = tmp_path / "called", tmp_path / "table"
+        for name, text in {"systemctl": f'echo "$@" >> {called}', "crontab":
+                           f"case $1 in -l) cat {table};; -) cat > {table}.new; mv {table}.new {table};; esac"}.items():
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
+        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}/certificates\nhost = alpha\n")
+        start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import os, wucme\n"
+        start += f"wucme.UNITS, wucme.CRON_FILE, wucme.BOOTED = {str(units)!r}, {str(tables / 'wucme')!r}, 'none'\n"
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+        def run(*words: str, root: bool = True) -> tuple[int, str]:
+            more = "" if root else "os.geteuid = lambda: 1000\n"
+            done = subprocess.run([sys.executable, "-c", f"{start}{more}sys.exit(wucme.main())", "timer", "--ini",
+                                   str(tmp_path / "w.ini"), *words], env=environment, text=True, capture_output=True,
+                                  check=False)
+            return done.returncode, done.stdout + done.stderr
+
+        return run
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="units are for root")
+    def test_one_form_takes_the_place_of_the_other(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        called, table = tmp_path / "called", tmp_path / "cron.d" / "wucme"
+        status, shown = run("systemd")
+        assert (status, list((tmp_path / "units").iterdir())) == (0, []), "nothing is changed"
+        for _ in range(2):
+            assert run("cron", "--install") == (0, f"wucme runs every hour by cron: {table}\n"
+                                                f"to undo that: rm {table}\n")
+        command = f"root {sys.executable} {SCRIPT} --ini {tmp_path}/w.ini\n"
+        assert re.fullmatch(rf"#.*\n[1-9]\d? \* \* \* \* {re.escape(command)}", table.read_text())
+        assert (os.listdir(tmp_path / "cron.d"), called.exists()) == (["wucme"], False)
+        status, said = run("systemd", "--install")
+        assert (status, called.read_text()) == (0, "daemon-reload\nenable --now wucme.timer\n")
+        assert "to undo that: systemctl disable --now wucme.timer; rm " in said
+        assert not table.exists()
+        written = {path.name: path.read_text() for path in (tmp_path / "units").iterdir()}
+        assert sorted(written) == ["wucme.service", "wucme.timer"]
+        assert all(text.partition("\n")[2].rstrip() in shown for text in written.values()), "as was shown"
+        assert run("cron", "--install")[0] == 0
+        assert called.read_text().splitlines()[2:] == ["disable --now wucme.timer"]
+        for setting in ("OnCalendar=hourly", "RandomizedDelaySec=", "Persistent=true"):
+            assert setting in written["wucme.timer"]
+
+    def test_crontab_of_a_user_keeps_its_other_lines(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        table = tmp_path / "table"
+        for before, kept in (("", ""), ("# mine\n5 * * * * a %b\n", "# mine\n5 * * * * a %b\n")):
+            table.write_text(before) if before else table.unlink(missing_ok=True)
+            for _ in range(2):
+                assert run("cron", "--install", root=False)[0] == 0
+            lines = table.read_text()
+            assert lines.startswith(kept)
+            assert re.fullmatch(rf"\d+ \* \* \* \* \S+ {re.escape(str(SCRIPT))} --ini \S+\n", lines[len(kept):])
+        assert run("systemd", root=False)[0] == 2
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="the tables of the system are for root")
+    @pytest.mark.parametrize("place", ["cron.d/other", "table"])
+    def test_never_twice(self, tmp_path: Path, place: str) -> None:
+        run = self.installer(tmp_path)
+        (tmp_path / place).write_text(f"#{SCRIPT}\n")
+        assert run("cron", "--install")[0] == 0
+        (tmp_path / place).write_text(f"23 */6 * * * root {SCRIPT}\n")
+        for form in ("cron", "systemd"):
+            status, said = run(form, "--install")
+            assert (status, "has wucme run already; take that out, then try again" in said) == (1, True)
+
+    @pytest.mark.parametrize("words", [("hourly",), ("cron", "systemd"), ("--load", "+nginx"), ("--backups", "9")])
+    def test_what_it_does_not_take(self, tmp_path: Path, words: tuple[str, ...]) -> None:
+        status, said = self.installer(tmp_path)(*words)
+        assert (status, "timer takes systemd or cron, and settings from the ini alone" in said) == (2, True)
+
+
 @pytest.mark.process
 class TestOddPlaces:
     """Disks, names, limits and surroundings that are not as they should be."""
@@ -6595,7 +7228,7 @@ class TestOddPlaces:
         lab.write("$ test -f \"$WUCME_CERT\"")
         fake.failing_names.add("n5.example.test")
         done = lab.run()
-        assert done.lines[-1] == "20 files, 9 certs, 8 renewed, 1 failed", "a newline is none of ours"
+        assert done.lines[-1] == "20 files, 10 certs, 9 renewed, 1 failed"
         assert not list(tmp_path.rglob("pwned"))
         assert all(line.isprintable() for line in done.err.splitlines())
         assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in done.err.splitlines())
@@ -6614,6 +7247,70 @@ class TestOddPlaces:
         assert lab.run().status == 0
         assert (tmp_path / "loads").read_text() == "x\n"
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked to trust")
+    def test_what_others_than_root_may_change_is_one_warning(self, fake: fakeca.FakeCA, lab: Host,
+                                                             tmp_path: Path) -> None:
+        lab.old_pair("a.example.test", days=80)
+        procedure, hook = tmp_path / "procedure", tmp_path / "hook"
+        for path in (procedure, hook):
+            path.write_text("#!/bin/sh\n")
+            path.chmod(0o755)
+        lab.write(f"@{procedure}", renew="never", hook=f"uacme:{hook}")
+        assert "trusts" not in lab.run().err
+        lab.ini.chmod(0o664)
+        procedure.chmod(0o775)
+        os.chown(hook, 12345, 0)
+        os.chown(lab.key(), 12346, 0)
+        os.chown(lab.directory, 0, 12347)
+        lab.directory.chmod(0o775)
+        done = lab.run()
+        assert (done.status, done.err.count("others than root may change what root trusts")) == (0, 1)
+        line = next(line for line in done.lines if "trusts" in line)
+        assert [path for path in (lab.ini, procedure, hook, lab.key(), lab.directory) if f"{path} (" not in line] == []
+        assert [f"(it belongs to user {number})" in line for number in (12345, 12346)] == [True, True]
+        assert lab.run() == Done(0, "", ""), "it is told once"
+        log = (lab.directory / "wucme.log").read_text()
+        assert log.count("others than root") == 2, "but logged by each run"
+        procedure.chmod(0o755)
+        assert f"{procedure} (" not in lab.run().err
+        for path in (lab.directory, tmp_path):
+            path.chmod(0o777)
+            done = lab.run()
+            assert (done.status, len(done.lines)) == (2, 1)
+            assert done.lines[0].endswith(f" and root trusts it; chmod o-w {path}")
+            path.chmod(0o755)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_key_of_somebody_else_is_said(self, lab: Host) -> None:
+        need(as_nobody(sys.executable, "-c", ""))
+        with tempfile.TemporaryDirectory() as name:
+            home = Path(name)
+            home.chmod(0o755)
+            script, directory = str(shutil.copy(SCRIPT, home)), home / "certificates"
+            shutil.copytree(lab.directory, directory)
+            fakeca.make_pair(directory, "a.example.test", ["a.example.test"], datetime.now(timezone.utc) - timedelta(1),
+                             datetime.now(timezone.utc) + timedelta(80))
+            os.chown(directory, NOBODY, NOBODY)
+            done = subprocess.run(as_nobody(sys.executable, script, "--directory", str(directory)), cwd=home, text=True,
+                                  env={**lab.environment, "HOME": name}, capture_output=True, check=False)
+            key = directory / "wucme_k_a.example.test.pem"
+            assert f"{key}: Permission denied: it belongs to user 0, and this runs as user {NOBODY}\n" in done.stderr
+            assert done.returncode == 1
+
+    def test_run_that_takes_too_long_leaves_the_rest_to_the_next_but_loads(self, fake: fakeca.FakeCA, lab: Host,
+                                                                           tmp_path: Path) -> None:
+        lab.old_pair("a.example.test")
+        lab.write(f"$ echo x >> {tmp_path}/loads")
+        command = lab.command()
+        command[3:4] = ["-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import wucme\n"
+                        "wucme.DEADLINES = 0; sys.exit(wucme.main())"]
+        done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
+        assert "a.example.test: failed: not begun, for this run has taken too long already; the next one does it\n" \
+            in done.stderr
+        assert (done.returncode, orders(fake), (tmp_path / "loads").read_text()) == (1, 0, "x\n")
+        assert lab.run().status == 0
+        assert (orders(fake), (tmp_path / "loads").read_text()) == (1, "x\nx\n")
+
     def test_output_that_nobody_takes_stops_no_renewal(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for redirection in (">&- 2>&- <&-", ">/dev/full 2>/dev/full", "2>&1 | true"):
             before = lab.old_pair("a.example.test")
@@ -6630,15 +7327,19 @@ class TestOddPlaces:
         assert done.returncode == 0, done.stderr
         assert "PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin\n" in (tmp_path / "told").read_text()
 
-    def test_names_and_renames_reach_the_disk_in_order(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("tracer", ["strace", "python"])
+    def test_names_and_renames_reach_the_disk_in_order(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path,
+                                                       tracer: str) -> None:
         lab.old_pair("a.example.test")
-        trace = tmp_path / "trace"
-        calls = "trace=fsync,rename,renameat,renameat2,write,pwrite64"
-        strace = [testbed.program("strace"), "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", calls]
-        done = subprocess.run([*strace, *lab.command("--rotate")], env=lab.environment, capture_output=True, text=True,
-                              check=False, timeout=90)
-        if "ptrace" in done.stderr:
-            pytest.skip("strace may not trace here")
+        trace, command = tmp_path / "trace", lab.command("--rotate")
+        if tracer == "strace":
+            calls = "trace=fsync,rename,renameat,renameat2,write,pwrite64"
+            strace = [testbed.program("strace"), "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", calls]
+            need([*strace, "true"])
+            command = [*strace, *command]
+        else:
+            command[3:4] = ["-c", RECORDER, str(trace), str(SCRIPT)]
+        done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False, timeout=90)
         assert done.returncode == 0, done.stderr
         flushed, renamed, waiting = set(), 0, False
         for line in trace.read_text().splitlines():

@@ -12,7 +12,11 @@ SYNOPSIS
   wucme.py renew [NAME...] [--force]  look at these certificates only; --force: renew them now
   wucme.py load [NAME...]             run the load list now for the certificates as they are
   wucme.py status [--json]            what is there, what is due, what is owed
+  wucme.py check [NAME...]            what would go wrong, before an order is spent: addresses, port 80,
+                                      redirects, CAA, clock, CA; publishes a token for a moment
   wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
+  wucme.py timer [systemd|cron] [--install]
+                                      what has it run every hour; --install puts it in place
   wucme.py account new|show|update|newkey|deactivate
                                       the account at the (first) CA; --server names another
   wucme.py thumbprint                 print the account key's thumbprint, and what makes web servers
@@ -38,6 +42,7 @@ OPTIONS
   --staging      use Let's Encrypt's staging CA and DIRECTORY/staging; nothing is loaded
   --quiet        print errors only      --verbose  print each request too
   --json         with status: for machines
+  --install      with timer: put that in place of what is there
   --version      the version, and the SHA-256 of this file
   --help         this text
   and every setting below, with "-" for "_": --listen :8080; --load may be repeated.
@@ -87,20 +92,21 @@ CGI
 EXIT STATUS
   0 all is well; 1 something failed, or a load is owed, or the lock was not got; 2 usage or
   settings; 143, 130 ended by SIGTERM, SIGINT. status: 1 if anything is owed, failing or expired,
-  or if no run was seen for two days.
+  or if no run was seen for two days. check: 1 if it finds a problem.
 
 SECURITY
   Made to run as root. It reads the ini and its directory, writes to these, its log, and where > and
   metrics say, contacts the CA (https only, always verified) and what ? names, and runs what the load
   list says. It listens on the challenge port only while an order runs, and answers there from memory.
   Keys are 0600 from the first byte, copies of them have their mode and owner from the first byte; an
-  ini, a script or a procedure that anyone may write is refused.
+  ini, a script, a procedure or a directory that anyone may write is refused, and one warning names
+  what a group or another user may change.
 
 READING ORDER
   The file reads upward: a section uses only what stands above it.
    1 errors      2 world      3 files       4 pem     5 settings   6 inventory   7 plan
-   8 challenges  9 acme      10 store      11 load   12 report    13 run        15 uacme
-  16 command line
+   8 challenges  9 acme      10 store      11 load   12 report    13 run        14 diagnosis
+  15 uacme      16 command line
 """
 from __future__ import annotations
 
@@ -108,6 +114,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import json
 import os
 import re
@@ -236,7 +243,7 @@ def sentence(error: BaseException) -> str:
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
-AT_ONCE = 8                     # requests for one certificate
+AT_ONCE = 10                    # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
 
 
@@ -634,15 +641,21 @@ def ask_for_tls(plain: Any, protocol: str) -> None:
                 raise NetworkError(f"no STARTTLS: it said {line.decode('utf-8', 'replace').strip() or 'nothing'!r}")
 
 
-def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
-    """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
+def trusting(plain: Any, name: str) -> Any:
+    """A connection with TLS begun on it, whatever certificate is shown."""
     import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(plain, server_hostname=name or None)
+
+
+def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
+    """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
+    import ssl
     try:
         with contextlib.closing(dial(time.monotonic() + timeout, (host, port), timeout)) as plain:
             ask_for_tls(plain, protocol)
-            with context.wrap_socket(plain, server_hostname=name or None) as secure:
+            with trusting(plain, name) as secure:
                 return ssl.DER_cert_to_PEM_cert(secure.getpeercert(True) or b"").encode()
     except (OSError, ValueError) as error:
         raise NetworkError(network_reason(error, timeout)) from error
@@ -655,6 +668,35 @@ def resolve(host: str) -> list[str]:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
     except (OSError, ValueError) as error:
         raise NetworkError(network_reason(error, 0)) from error
+
+
+def visit(url: str, address: str, timeout: float) -> Response:
+    """What stands at a URL, asked at one address, whatever certificate is shown; NetworkError for no answer."""
+    import http.client
+    import urllib.parse
+    try:
+        at = urllib.parse.urlsplit(url)
+        host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
+        with contextlib.closing(http.client.HTTPConnection(host, port)) as connection:
+            connection.sock = plain = dial(time.monotonic() + timeout, (address, port), timeout)
+            if at.scheme == "https":
+                connection.sock = trusting(plain, host)
+            connection.request("GET", (at.path or "/") + (f"?{at.query}" if at.query else ""),
+                               headers={"User-Agent": USER_AGENT, "Connection": "close"})
+            response = connection.getresponse()
+            return Response(response.status, response.headers, response.read(8192))
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        raise NetworkError(network_reason(error, timeout)) from error
+
+
+def is_ours(address: str) -> bool:
+    """Whether an address is one of this host's."""
+    import socket
+    with contextlib.suppress(OSError), \
+            socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((address, 0))
+        return True
+    return False
 
 
 def port_holder(port: int) -> str:
@@ -693,6 +735,7 @@ class World(NamedTuple):
     command: Callable[..., Finished] = command
     connect: Callable[..., bytes] = served
     resolve: Callable[[str], list[str]] = resolve
+    visit: Callable[[str, str, float], Response] = visit
     ask: Callable[[str], bool] = ask
 
 
@@ -707,8 +750,8 @@ class Job(NamedTuple):
 
 
 def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
-         world: World) -> None:
-    """What a worker does: one job after the other, each ending in a value."""
+         world: World, until: float) -> None:
+    """What a worker does: one job after the other, each ending in a value; none is begun after `until`."""
     import queue
     while True:
         try:
@@ -717,13 +760,20 @@ def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started:
             return
         started[job.name] = world.monotonic()
         try:
+            if started[job.name] >= until:
+                raise NetworkError("not begun, for this run has taken too long already; the next one does it")
             results.put((job, job.act()))
         except BaseException as error:
             results.put((job, error))
 
 
-def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str, Any]]:
-    """The jobs as they end, so many at once, each with its result or error; none is waited for without end."""
+def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("inf")) -> Iterator[tuple[str, Any]]:
+    """The jobs as they end, so many at once, each with its result or error; none is waited for without end.
+
+    Those that could not be begun before `until`, on the monotonic clock, end with an error.
+    """
+    if not jobs:
+        return
     import queue
     import threading
     waiting: queue.Queue[Job] = queue.Queue()
@@ -732,7 +782,7 @@ def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str,
     for job in jobs:
         waiting.put(job)
     for _ in range(min(width, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started, world), daemon=True).start()
+        threading.Thread(target=work, args=(waiting, results, started, world, until), daemon=True).start()
     left = {job.name: job for job in jobs}
     while left:
         try:
@@ -780,6 +830,22 @@ def reserved(label: str) -> bool:
     return label == "account" or label.startswith("account_")
 
 
+class Owner(NamedTuple):
+    """Mode and owner of a file."""
+    mode: int
+    uid: int
+    gid: int
+
+
+def owner(path: str, mode: int) -> Owner:
+    """Mode and owner that a new file in this place should have: the present one's, else `mode` and ours."""
+    try:
+        about = os.stat(path)
+        return Owner(stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid)
+    except OSError:
+        return Owner(mode, os.geteuid(), os.getegid())
+
+
 def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
@@ -790,11 +856,14 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
                 raise FileError(f"{path}: not a regular file")
             if about.st_size > cap:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
-            return os.read(descriptor, cap)
+            return os.read(descriptor, about.st_size or cap)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise FileError(f"{path}: {error.strerror}") from error
+        uid, us = owner(path, 0).uid, os.geteuid()
+        whose = f": it belongs to user {uid}, and this runs as user {us}" if error.errno == errno.EACCES and uid != us \
+            else ""
+        raise FileError(f"{path}: {error.strerror}{whose}") from error
 
 
 def signature(path: str) -> str:
@@ -819,22 +888,6 @@ def write_all(descriptor: int, data: bytes) -> None:
     """Write every byte."""
     while data:
         data = data[os.write(descriptor, data):]
-
-
-class Owner(NamedTuple):
-    """Mode and owner of a file."""
-    mode: int
-    uid: int
-    gid: int
-
-
-def owner(path: str, mode: int) -> Owner:
-    """Mode and owner that a new file in this place should have: the present one's, else `mode` and ours."""
-    try:
-        about = os.stat(path)
-        return Owner(stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid)
-    except OSError:
-        return Owner(mode, os.geteuid(), os.getegid())
 
 
 OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
@@ -931,12 +984,33 @@ def secure_streams() -> None:
         setattr(sys, name, stream)
 
 
-def anyone_may_write(path: str) -> bool:
-    """Whether every user of the machine may change this file."""
-    try:
-        return bool(os.stat(path).st_mode & stat.S_IWOTH)
-    except OSError:
-        return False
+def lineage(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
+    """What decides what is found at a path: itself, whether a link or not, and (False) the directories on the way."""
+    for own in (os.path.abspath(path), os.path.realpath(path)):
+        at, below = own, ""
+        while at != below:
+            with contextlib.suppress(OSError):
+                yield at, os.lstat(at), at == own
+            at, below = os.path.dirname(at), at
+
+
+def anyone_may_write(path: str) -> str:
+    """Why root must not trust what is at a path: every user may change it, or put another in its place; "" if not."""
+    for at, about, own in lineage(path) if os.geteuid() == 0 else ():
+        barred = stat.S_ISLNK(about.st_mode) or (about.st_mode & stat.S_ISVTX and not own)     # sticky, as /tmp is
+        if about.st_mode & stat.S_IWOTH and not barred:
+            return f"{path}: anyone may write {'it' if at == path else at}, and root trusts it; chmod o-w {at}"
+    return ""
+
+
+def others_may_write(path: str) -> str:
+    """Which user or group may change what decides what is found at a path, in words; "" if only root and we may."""
+    for at, about, own in lineage(path):
+        if about.st_uid not in (0, os.geteuid()):
+            return f"{at} (it belongs to user {about.st_uid})"
+        if own and about.st_mode & stat.S_IWGRP and not stat.S_ISLNK(about.st_mode):
+            return f"{at} (group {about.st_gid} may write it)"
+    return ""
 
 
 def open_append(path: str) -> int:
@@ -952,7 +1026,7 @@ def open_append(path: str) -> int:
 def read_json(path: str) -> Json:
     """A state file; what is not there, torn, or foreign counts as empty."""
     try:
-        found = json.loads(read(path, 1 << 26))
+        found = json.loads(read(path, 1 << 26).decode())
     except (FileError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -1514,9 +1588,11 @@ def renewal(text: str) -> Renewal:
 
 def a_url(text: str) -> str:
     """An https URL, or none."""
+    if not text:
+        return text
     import urllib.parse
     at = urllib.parse.urlsplit(text)
-    if text and (at.scheme != "https" or not at.hostname or at.port == 0):
+    if at.scheme != "https" or not at.hostname or at.port == 0:
         raise ValueError("must be an https:// URL")
     return text
 
@@ -1589,10 +1665,12 @@ class RunScope(NamedTuple):
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each")
     workers: int = setting(a_number, "4", "how many certificates are obtained side by side")
+    orders: int = setting(a_number, "100", "how many certificates are ordered in one run, the most urgent first; the "
+                          "rest are left to the next")
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end")
     timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
-                              "on with its order")
+                              "on with its order. A run that has taken 30 times as long leaves the rest to the next")
     alert: tuple[str, ...] = setting(
         some_lines, "", "@ and $ items, one a line, that get the report to read when the set of problems changes, and "
         "daily for a certificate that is late in the last quarter of its life", "ITEM")
@@ -1805,8 +1883,8 @@ def read_source(path: str) -> Source:
     """The text of an ini, "" for none; SettingsError if it cannot be read or anyone may write it."""
     if not path:
         return NOWHERE
-    if os.geteuid() == 0 and anyone_may_write(path):
-        raise SettingsError(f"{path}: anyone may write this file, and it says what root runs; chmod o-w {path}")
+    if fault := anyone_may_write(path):
+        raise SettingsError(fault)
     try:
         return Source(path, read(path).decode("utf-8-sig"))
     except FileError as error:
@@ -1976,7 +2054,7 @@ def settings_help() -> str:
 # Looks, and changes nothing. What a certificate said is remembered with size, time and inode of its
 # files, so that a run with nothing to do parses none.
 
-CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I)
+CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I | re.S)
 OWN_FILE = re.compile(r"wucme\.(log|lock)|wucme_[sl]_.*\.json|.*_tmp", re.I | re.S)
 
 
@@ -1999,6 +2077,9 @@ class Memory(NamedTuple):
     about: str = ""                 # ARI: where the CA explains it
     ask_at: float = 0.0             # ARI: when to ask again
     revoked: str = ""               # fingerprint of a certificate that we revoked
+
+
+MEMORY_TYPES = {key: type(default) for key, default in Memory._field_defaults.items()}
 
 
 class Entry(NamedTuple):
@@ -2040,14 +2121,13 @@ class Inventory(NamedTuple):
 
 def state_path(directory: str, name: str) -> str:
     """Where the memory of one certificate is kept."""
-    return os.path.join(directory, f"wucme_s_{name.lower()}.json")
+    return f"{directory}/wucme_s_{name.lower()}.json"
 
 
 def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
-    kept = {key: found[key] for key, default in Memory._field_defaults.items()
-            if key in found and isinstance(found[key], type(default))}
+    kept = {key: value for key, value in found.items() if type(value) is MEMORY_TYPES.get(key)}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
             and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
@@ -2112,8 +2192,8 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         key = present.get(key_spelling(name).lower(), key_spelling(name))
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
-        entries[stem] = look(Entry(stem, os.path.join(directory, name), values.csr or os.path.join(directory, key),
-                                   memory, memory, values, section.own if section else frozenset()))
+        entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
+                                   values, section.own if section else frozenset()))
         declared.add(section.title if section else "")
     for label, section in sections.items():
         if section.title not in declared:
@@ -2171,6 +2251,12 @@ def renewal_time(about: Facts, rule: Renewal) -> float:
     return float("inf")
 
 
+def due_at(entry: Entry) -> float:
+    """The instant at which a certificate is due by its dates or its CA's wish; the end of time for never."""
+    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
+    return min(at, entry.memory.window[2]) if entry.memory.window and at < float("inf") else at
+
+
 def wanted_names(entry: Entry) -> tuple[str, ...]:
     """The names that a new certificate should have: those of the settings, else those it has."""
     return entry.wanted.names or (entry.facts.names if entry.facts else ())
@@ -2218,9 +2304,7 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
 
 def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) -> Decision:
     """Whether a certificate is due, with the reason in words; `named` skips our ladder, `forced` all."""
-    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
-    if entry.memory.window and at < float("inf"):
-        at = min(at, entry.memory.window[2])
+    at = due_at(entry)
     if entry.blocked or not wanted_names(entry):
         return Decision(entry, False, entry.fault, at)
     if forced:
@@ -2234,13 +2318,13 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     return Decision(entry, bool(reason), reason, at)
 
 
-def too_rare(decision: Decision, runs: Sequence[float]) -> str:
+def too_rare(entry: Entry, runs: Sequence[float]) -> str:
     """What to say if runs come so rarely that a certificate could expire between two of them, or ""."""
-    about, gaps = decision.entry.facts, [late - early for early, late in zip(runs, runs[1:])]
-    room = about.not_after - decision.renew_at if about else 0.0
-    if not gaps or room <= 0 or min(gaps) <= room / 2:
+    about, gap = entry.facts, min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
+    room = about.not_after - due_at(entry) if about else 0.0
+    if room <= 0 or gap <= room / 2:
         return ""
-    return (f"{decision.entry.title}: runs come every {min(gaps) / 3600:.1f} hours, but from the time to renew it to "
+    return (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
             f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
 
 
@@ -2675,17 +2759,6 @@ class Journal:
         self.rows.append(Published(way, place, proof))
         self.save()
 
-    def undo(self, task: Task, verdict: str) -> None:
-        """Undo it all; what cannot be undone now stays noted. On a signal there is no time for it."""
-        if ending.number:
-            return
-        problems = [(row, undone(task, row, verdict)) for row in self.rows]
-        for row, problem in problems:
-            if problem:
-                log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
-        self.rows = [row for row, problem in problems if problem]
-        self.save()
-
 
 def by_tokens(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have the listener and tokens/ answer http-01."""
@@ -2904,8 +2977,8 @@ def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
 def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields: Mapping[str, str]) -> Finished:
     """Call a hook, with what its dialect wants it to be told."""
     hook = cast(Hook, task.wanted.hook)
-    if os.geteuid() == 0 and anyone_may_write(argv[0]):
-        raise ChallengeError(f"{argv[0]}: anyone may write this file, and root would run it; chmod o-w it")
+    if fault := anyone_may_write(argv[0]):
+        raise ChallengeError(fault)
     told = {key: text.format_map(fields) for key, text in DIALECTS[hook.family].environment.items()}
     finished = task.world.command([*argv, *(text.format_map(fields) for text in templates)],
                                   {**child_environment(), **{key: text for key, text in told.items() if text}},
@@ -2966,6 +3039,18 @@ def undone(task: Task, row: Published, verdict: str) -> str:
         return sentence(error)
 
 
+def undo_all(journal: Journal, task: Task, verdict: str) -> None:
+    """Undo what is published; what cannot be undone now stays noted. On a signal there is no time for it."""
+    if ending.number:
+        return
+    problems = [(row, undone(task, row, verdict)) for row in journal.rows]
+    for row, problem in problems:
+        if problem:
+            log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
+    journal.rows = [row for row, problem in problems if problem]
+    journal.save()
+
+
 def undo_left(task: Task, path: str) -> Iterator[str]:
     """Undo what the journal of a killed run tells, once; a line for each."""
     found = read_json(path).get("rows")
@@ -2994,7 +3079,7 @@ def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
         yield
         verdict = "done"
     finally:
-        journal.undo(task, verdict)
+        undo_all(journal, task, verdict)
 
 
 # === 9. acme: the protocol, RFC 8555 ===========================================================
@@ -3585,10 +3670,10 @@ def finish(client: Client, order: Order, names: Sequence[str], request: bytes, u
     """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
     if order.status == "ready":
         log(f"{names[0]}: finalizing order at {order.finalize}")
-        client.post(order.finalize, {"csr": base64url(request)})
+        answer = client.post(order.finalize, {"csr": base64url(request)})
+        order = client.parse_order(order.url, read_object(answer, order.url), names)
+    if order.status in ("processing", "ready"):
         order = client.settle(order, names, ("processing", "ready"), until)
-    elif order.status == "processing":
-        order = client.settle(order, names, ("processing",), until)
     if order.status == "invalid":
         raise client.complaint(order, names)
     if order.status != "valid" or not order.certificate:
@@ -3676,12 +3761,15 @@ def straighten(entry: Entry) -> list[Step]:
     return (put_key(entry, key) if is_linked(entry) else []) + put_plain(entry, b"".join(certificates(both)))
 
 
-def prune(path: str, keep: int) -> None:
-    """Delete all but the newest backups of a live path."""
-    directory, base = os.path.split(path)
-    form = re.compile(re.escape(base) + r"_\d{16}")
-    for name in sorted((name for name in os.listdir(directory) if form.fullmatch(name)), reverse=True)[keep:]:
-        remove(os.path.join(directory, name))
+def prune(directory: str, bases: Iterable[str], keep: int) -> None:
+    """Delete all but the newest backups of each of these live files."""
+    left = dict.fromkeys(bases, keep)
+    for name in sorted(os.listdir(directory), reverse=True):
+        base, _, stamp = name.rpartition("_")
+        if base in left and re.fullmatch("[0-9]{16}", stamp):
+            left[base] -= 1
+            if left[base] < 0:
+                remove(os.path.join(directory, name))
 
 
 def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
@@ -3858,13 +3946,13 @@ class Alarm(NamedTuple):
 
 
 def machine_id() -> str:
-    """A digest of what makes this machine this machine."""
-    import hashlib
+    """A checksum of what makes this machine this machine; too short to tell it."""
+    import binascii
     try:
         text = read("/etc/machine-id")
     except FileError:
         text = os.uname().nodename.encode()
-    return hashlib.sha256(b"wucme " + text).hexdigest()[:32]
+    return f"{binascii.crc32(text):08x}"        # to load hashlib takes longer than the rest of it
 
 
 class Ledger:
@@ -3933,13 +4021,13 @@ class Duty(NamedTuple):
 
 def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """The items of several lists, each once, so that every list's own order is kept where that can be."""
-    import graphlib
     found = list(dict.fromkeys(tuple(one) for one in lists))
     before: dict[str, list[str]] = {}
     for one in found:
         for place, text in enumerate(one):
             before.setdefault(text, []).extend(one[max(0, place - 1):place])
     if len(found) > 1:
+        import graphlib
         with contextlib.suppress(graphlib.CycleError):
             return list(graphlib.TopologicalSorter(before).static_order())
     return list(before)
@@ -4064,8 +4152,8 @@ def standard_load(duty: Duty, _: RunScope, world: World) -> str:
 def run_item(item: Item, environment: Mapping[str, str], timeout: float, world: World, *, title: str,
              given: str = "") -> str:
     """Run a procedure or command with something to read; the problem, or ""."""
-    if os.geteuid() == 0 and item.text[0] == "@" and anyone_may_write(item.argv[0]):
-        return f"{item.argv[0]}: anyone may write this file, and root would run it; chmod o-w {item.argv[0]}"
+    if item.text[0] == "@" and (fault := anyone_may_write(item.argv[0])):
+        return fault
     finished = world.command(item.argv, environment, timeout, given=given)
     for line in finished.output:
         log(f"{title}: {item.text[:40]}: {line}")
@@ -4325,6 +4413,8 @@ def metrics_text(about: Json) -> str:
 # === 13. run: the one place that knows the order =================================================
 
 LOCK = "wucme.lock"
+DEADLINES = 30                  # the time in which a run may begin to obtain certificates, in deadlines of one
+TRUST = "trust"                 # the alarm, of no item, that others may change what root trusts
 ALARM_SECONDS = 23 * 3600.0     # a day, less what cron may be early
 
 
@@ -4339,6 +4429,7 @@ class Request(NamedTuple):
     ini: str = ""                       # the ini that was named
     staging: bool = False
     reason: str = "unspecified"         # of a revocation
+    install: bool = False
 
 
 Tended = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
@@ -4634,6 +4725,7 @@ class Clients:
     def __init__(self, settings: Settings, world: World) -> None:
         import threading
         self.settings, self.world = settings, world
+        self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
         self.reached: dict[str, Client | Exception] = {}
         self.entered: dict[str, Opened | Exception] = {}
         self.guard = threading.RLock()
@@ -4714,7 +4806,6 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float,
         step.do()
     for path in entry.files:
         remove(f"{path}_tmp")
-        prune(path, run.backups)
     log(f"wuCME successful {entry.title} {'renewal' if entry.facts else 'issue'}")
     found = look(entry)
     if not found.whole:
@@ -4726,10 +4817,10 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float,
     return found
 
 
-def own_share(run: RunScope, entry: Entry) -> float:
+def own_share(run: RunScope, name: str) -> float:
     """A number from 0 to 1 that is this host's and certificate's own."""
     import hashlib
-    return int(hashlib.sha256(os.fsencode(f"{run.host} {entry.name}")).hexdigest()[:8], 16) / 0xffffffff
+    return int(hashlib.sha256(os.fsencode(f"{run.host} {name}")).hexdigest()[:8], 16) / 0xffffffff
 
 
 def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
@@ -4741,7 +4832,7 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
     memory = written._replace(problem=problem)
     if isinstance(error, AcmeError):
         failures = memory.failures + 1
-        memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry), now),
+        memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry.name), now),
                                  held_until=now + error.retry_after if error.retry_after else 0.0)
     with contextlib.suppress(OSError):      # the disk may be what failed
         over = isinstance(error, (AcmeError, PemError))
@@ -4786,7 +4877,13 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
 def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """Obtain and store every certificate that is due, the most urgent first."""
     run = settings.run
-    urgent = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    ranked = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    urgent, later = ranked[:run.orders], ranked[run.orders:]
+    if later:
+        log(f"{len(later)} more are due, and left to the next run (orders = {run.orders}): "
+            + ", ".join(entry.title for entry in later[:3]) + " ..." * (len(later) > 3))
+    for entry in later:
+        yield entry, Outcome(entry.title, "held")
     answers = Answers(run.directory)
     listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
                                          for place in places(entry.wanted, kind)), answers)
@@ -4803,8 +4900,10 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
         for job in jobs:        # accounts first: the user may be asked about terms; what fails here fails the jobs
             with contextlib.suppress(Exception):
                 clients.enter(preference(entries[job.name], settings)[0])
-        for name, result in gather(jobs, run.workers, clients.world):
+        for name, result in gather(jobs, run.workers, clients.world, clients.until):
             yield conclude(entries[name], result, run, now, clients.world)
+        with contextlib.suppress(OSError):      # too many backups do no harm
+            prune(run.directory, (os.path.basename(path) for one in urgent for path in one.files), run.backups)
     finally:
         for listener in listeners:
             listener.close()
@@ -4846,7 +4945,7 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
              and not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1]}
     jobs = [Job(name, functools.partial(question, entry), patience(entry, settings.run))
             for name, entry in found.items()]
-    for name, result in gather(jobs, settings.run.workers, clients.world):
+    for name, result in gather(jobs, settings.run.workers, clients.world, clients.until):
         found[name] = advised(found[name], result, settings.run, now)
     return found
 
@@ -4931,7 +5030,7 @@ def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: 
     late = overdue(found.about["certificates"], now)
     wrong = (*troubles(found.about["certificates"], now), *late)
     environment, text = alert_text(run, wrong, found.lines)
-    ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in run.alert}
+    ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in (TRUST, *run.alert)}
     for item in run.alert:
         last = ledger.alarms.get(item, Alarm())
         if wrong == last.problems and not (late and now - last.at > ALARM_SECONDS):
@@ -4990,8 +5089,7 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         else:
             if one.held:
                 log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
-            spent = one.entry.whole and not one.held and not decide(one.entry, now).due
-            if spent:
+            if one.entry.whole and not one.reason:
                 yield one.entry, wind_up(one.entry, run, now)
                 continue
             with contextlib.suppress(OSError):      # it can be learnt again
@@ -5020,6 +5118,21 @@ def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
                 log(line)
 
 
+def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Iterable[Entry],
+                   ledger: Ledger) -> Iterator[Outcome]:
+    """One warning, news once, if root trusts what a group or another user may change."""
+    scopes = [settings.default, *(section.values for section in settings.sections.values())]
+    paths = [__file__, settings.source.path or __file__, settings.run.directory, *(entry.key for entry in entries),
+             *(scope.hook.begin[0] for scope in scopes if scope.hook),
+             *(item.argv[0] for item in items.values() if item.text[0] == "@")]
+    found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
+    told = ledger.alarms.pop(TRUST, Alarm()).problems
+    if found:
+        ledger.alarms[TRUST] = Alarm(found)
+        log(f"others than root may change what root trusts: {', '.join(found)}", wrong=True)
+        yield Outcome("", "warned", "", found != told)
+
+
 def open_ledger(run: RunScope) -> Ledger:
     """This host's ledger."""
     ledger = Ledger(run.directory, run.host)
@@ -5033,27 +5146,28 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
     """The whole job, once: look, ask, decide, obtain, store, load, report."""
     items = load_items(settings)
     run = settings.run
-    clients = Clients(settings, world)
-    with locked(run, world, request.verb == "run") as runs, contextlib.closing(clients):
+    with locked(run, world, request.verb == "run") as runs, contextlib.closing(Clients(settings, world)) as clients:
         now = world.now()
         log("certificate management")
         inventory = take_stock(settings)
         check_copies(settings, items, inventory)
-        told = ask_windows(examine(inventory, request, now), settings, clients, now)
-        inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
+        if told := ask_windows(decisions, settings, clients, now):
+            inventory = inventory._replace(entries={**inventory.entries, **told})
+            decisions = examine(inventory, request, now)
         clean_up(inventory, settings, world)
         entries, outcomes = {}, []
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
-        warnings = list(filter(None, (too_rare(decide(entry, now), runs) for entry in entries.values())))
+        warnings = list(filter(None, (too_rare(entry, runs) for entry in entries.values())))
         for warning in warnings:
             log(warning, wrong=True)
         ledger = open_ledger(run)
         ledger.forget(entries)
-        loads = pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
-        loads += [Outcome("", "warned", warning, True) for warning in warnings]
+        loads = [Outcome("", "warned", warning, True) for warning in warnings]
+        loads += others_trusted(settings, items, entries.values(), ledger)
+        loads += pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
         loads += alarm(settings, items, ledger, world)
         report = Report(inventory.files, outcomes, loads)
         log(report.tally())
@@ -5268,6 +5382,137 @@ def account_verb(settings: Settings, request: Request, world: World) -> Report:
     return Report(0, [], [])
 
 
+UNITS, BOOTED = "/etc/systemd/system", "/run/systemd/system"
+CRON_FILE = "/etc/cron.d/wucme"
+CRONTAB = """\
+{ crontab -l 2>/dev/null | grep -vF -e "$WUCME_SCRIPT"; printf '%s\\n' "$WUCME_LINE"; } | crontab -"""
+TIMER = """\
+[Timer]
+OnCalendar=hourly
+RandomizedDelaySec=1h
+FixedRandomDelay=true
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+SERVICE = """\
+[Unit]
+Description=wucme: renews certificates, and loads them into their servers
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=oneshot
+ExecStart={}
+TimeoutStartSec={:.0f}
+PrivateTmp=true
+ProtectKernelTunables=true
+ProtectKernelModules=true
+ProtectKernelLogs=true
+ProtectControlGroups=true
+MemoryMax=1G
+{}"""
+# What its user wants run must be able to do what it does under cron, and may leave a server behind.
+LOOSE = """\
+UMask=0022
+KillMode=process
+"""
+STRICT = """\
+UMask=0077
+ProtectSystem=strict
+ReadWritePaths={}
+NoNewPrivileges=true
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_CHOWN CAP_FOWNER CAP_DAC_OVERRIDE
+"""
+
+
+class Schedule(NamedTuple):
+    """A way to have wucme run every hour: what is written where, what is run then, and what undoes it."""
+    files: dict[str, str]
+    then: tuple[tuple[str, ...], ...]
+    undo: str
+    line: str = ""                  # for the user's own crontab
+
+
+def unit_word(text: str) -> str:
+    """A word as units have it (systemd.syntax, and systemd.unit for its specifiers)."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return text if re.fullmatch("[-A-Za-z0-9/._%=]+", text) else f'"{text}"'
+
+
+def service(settings: Settings, items: Mapping[str, Item], argv: Sequence[str]) -> str:
+    """The unit of a run: it may do as little as the settings allow."""
+    run = settings.run
+    scopes = [settings.default, *(section.values for section in settings.sections.values())]
+    if any(text[0] in "+@$" for text in items) or any(scope.hook or scope.nsupdate for scope in scopes):
+        confined = LOOSE
+    else:
+        files = [run.log, run.metrics, *(item.argv[0].partition("{name}")[0] for item in items.values()
+                                         if item.text[0] == ">")]
+        paths = [run.directory, *(os.path.dirname(path) for path in files if path),
+                 *(path for scope in scopes for path in scope.webroot)]
+        confined = STRICT.format(" ".join(unit_word(f"-{path}") for path in dict.fromkeys(paths)))
+    limit = run.lock_wait + 2 * DEADLINES * run.deadline + len(items) * settings.default.load_timeout
+    return SERVICE.format(" ".join(unit_word(word).replace("$", "$$") for word in argv), limit, confined)
+
+
+def schedule(settings: Settings, form: str) -> Schedule:
+    """What makes wucme run every hour, by systemd or by cron."""
+    import shlex
+    script, root = os.path.abspath(__file__), os.geteuid() == 0
+    argv = [sys.executable, script, *(["--ini", settings.source.path] if settings.source.path else [])]
+    units = {kind: os.path.join(UNITS, f"wucme.{kind}") for kind in ("service", "timer")}
+    if form == "systemd":
+        if not root:
+            raise SettingsError("timer: only root can install a unit of systemd; timer cron takes your own crontab")
+        return Schedule({units["service"]: service(settings, load_items(settings), argv), units["timer"]: TIMER},
+                        (("systemctl", "daemon-reload"), ("systemctl", "enable", "--now", "wucme.timer")),
+                        f"systemctl disable --now wucme.timer; rm {' '.join(units.values())}; systemctl daemon-reload")
+    when = f"{1 + int(58 * own_share(settings.run, 'timer'))} * * * *"      # not at :00, when everybody comes
+    line = shlex.join(argv).replace("%", r"\%")
+    then = (("systemctl", "disable", "--now", "wucme.timer"),) if root and os.path.exists(units["timer"]) \
+        else ()
+    if root and os.path.isdir(os.path.dirname(CRON_FILE)):
+        return Schedule({CRON_FILE: f"{when} root {line}\n"}, then, f"rm {CRON_FILE}")
+    return Schedule({}, (*then, ("env", f"WUCME_SCRIPT={script}", f"WUCME_LINE={when} {line}", "sh", "-c", CRONTAB)),
+                    f"crontab -e, and take out the line with {script}", f"{when} {line}")
+
+
+def other_tables(script: str, world: World) -> Iterator[str]:
+    """The tables of cron that run this script and are not ours to replace."""
+    folder = os.path.dirname(CRON_FILE)
+    paths = [os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
+    tables = {path: read(path).decode("utf-8", "replace").splitlines() for path in ("/etc/crontab", *paths)
+              if os.path.isfile(path) and path != CRON_FILE}
+    if os.geteuid() == 0 and os.path.isdir(folder):
+        tables["root's crontab"] = world.command(("crontab", "-l"), child_environment(), 60.0).output
+    return (name for name, lines in tables.items() if any(script in line.partition("#")[0] for line in lines))
+
+
+def timer(settings: Settings, request: Request, world: World) -> list[str]:
+    """Show what makes wucme run every hour, or put it there in place of what was there; lines that say so."""
+    if request.options or request.staging or len(request.names) > 1 or not set(request.names) <= {"systemd", "cron"}:
+        raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
+    form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
+    plan = schedule(settings, form)
+    if not request.install:
+        shown = [f"# {path}\n{text}" for path, text in plan.files.items()] or [f"# your crontab\n{plan.line}\n"]
+        return [*shown, "# to put that in place: timer --install"]
+    for table in other_tables(os.path.abspath(__file__), world):
+        raise FileError(f"{table} has wucme run already; take that out, then try again")
+    make_directory(settings.run.directory)
+    for path, text in plan.files.items():
+        replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
+    if form == "systemd":
+        remove(CRON_FILE)
+    for argv in plan.then:
+        finished = world.command(argv, child_environment(), 60.0)
+        if finished.problem:
+            raise FileError(f"{' '.join(argv)}: {with_last_line(finished)}")
+    return [f"wucme runs every hour by {form}: {' '.join(plan.files) or 'your crontab'}", f"to undo that: {plan.undo}"]
+
+
 def open_log(run: RunScope) -> None:
     """Begin to write the log file; without one the run goes on."""
     make_directory(run.directory)
@@ -5275,6 +5520,297 @@ def open_log(run: RunScope) -> None:
         log.descriptor = open_append(run.log)
     except OSError as error:
         log(f"no log is written: {sentence(error)}")
+
+
+# === 14. diagnosis: what would go wrong, before an order is spent =================================
+# A check looks at one thing of one certificate (or one CA) and says what it finds; it takes no lock,
+# and all that it publishes is a token of its own for a moment.
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+VISIT_SECONDS = 5.0
+REDIRECTS = 10                  # that CAs follow
+CAA_RECORD = re.compile(r'[0-9]+ (issue|issuewild) "([^";]*).*"', re.I)
+
+
+class Finding(NamedTuple):
+    """One thing that was found: how bad it is, of what, and what to do about it."""
+    level: str
+    about: str
+    text: str
+
+
+class Case(NamedTuple):
+    """One certificate to be looked at, in its surroundings."""
+    entry: Entry
+    names: tuple[str, ...]
+    settings: Settings
+    task: Task                          # as an order would have it, but for hooks and updates
+    refused: Mapping[Place, str]        # where it cannot be listened, and why
+    issuers: Mapping[str, Sequence[str]]    # by `server` word: what CAA records may call the CA
+
+
+def about_server(settings: Settings, word: str, world: World, issuers: dict[str, Sequence[str]]) -> Iterator[Finding]:
+    """Whether a CA can be reached, as what CAA records know it, and whether its clock agrees with ours."""
+    import email.utils
+    _, server = find_server(settings, word)
+    try:
+        with contextlib.closing(reach(settings, word, world)) as client:
+            told = client.directory.meta.get("caaIdentities")
+            issuers[word] = [str(one).lower() for one in told] if isinstance(told, list) else []
+            date = client.send("GET", client.url).headers.get("Date") or ""
+    except WucmeError as error:
+        yield Finding(PROBLEM, word, f"{error}; look at this host's network, proxy and DNS")
+        return
+    try:
+        late = email.utils.parsedate_to_datetime(date).timestamp() - world.now()
+    except (TypeError, ValueError):
+        late = 0.0
+    if abs(late) > SKEW_SECONDS:
+        yield Finding(PROBLEM, word, f"this host's clock is {abs(late):.0f} s {'behind' if late > 0 else 'ahead of'} "
+                      "the CA's: set it, or new certificates are refused as not valid now")
+    else:
+        yield Finding(OK, word, f"{server.url} answers, and its clock agrees")
+    if server.ca_file == "" and not server.agree and not os.path.exists(account_of(settings, word).state):
+        yield Finding(NOTE, word, "no account yet: the first order asks whether you agree to its terms (agree = yes)")
+
+
+def item_fault(item: Item, name: str) -> str:
+    """What stands in the way of an item of the load list, or ""."""
+    path = item.argv[0].replace("{name}", name)
+    if item.text[0] == "@" and not os.access(path, os.X_OK):
+        return f"{path} is not there, or cannot be executed"
+    if item.text[0] == "@" and anyone_may_write(path):
+        return f"anyone may write {path}, so root will not run it; chmod o-w {path}"
+    if item.text[0] == ">":
+        try:
+            copy_owner(item.options.get("owner", ""), item.options["mode"])
+        except FileError as error:
+            return str(error)
+        needed = os.path.dirname(path), item.options.get("password_file", "/")
+        return "".join(f"{one} is not there" for one in needed if not os.path.exists(one))
+    return ""
+
+
+def about_loads(case: Case) -> Iterator[Finding]:
+    """Whether procedures, directories and owners of the load list are there."""
+    for text in case.entry.wanted.load:
+        problem = item_fault(parse_item(text), case.entry.name)
+        if problem:
+            yield Finding(PROBLEM, case.entry.title, f"load: {text}: {problem}")
+    if not case.entry.wanted.load:
+        yield Finding(NOTE, case.entry.title, "the load list is empty: no server is told of a new certificate")
+
+
+def about_files(case: Case) -> Iterator[Finding]:
+    """Whether what the settings name is on this host."""
+    import shutil
+    wanted, path = case.entry.wanted, child_environment()["PATH"]
+    dns = any(kind.startswith("dns-") for kind in wanted.challenge)
+    needed = [*((f"webroot {one}", os.path.isdir(one)) for one in wanted.webroot),
+              *((f"hook {one}", os.access(one, os.X_OK)) for one in (wanted.hook.begin[:1] if wanted.hook else ())),
+              *((f"nsupdate {one.key}", os.access(one.key, os.R_OK)) for one in (wanted.nsupdate,) if one),
+              *((f"program {one} (Debian: bind9-dnsutils)", bool(shutil.which(one, path=path)))
+                for one, used in (("dig", dns), ("nsupdate", wanted.nsupdate)) if used),
+              *((f"csr {one}", os.access(one, os.R_OK)) for one in (wanted.csr,) if one)]
+    for what, there in needed:
+        if not there:
+            yield Finding(PROBLEM, case.entry.title, f"{what}: is not there, or cannot be used by this user")
+
+
+def about_ports(case: Case) -> Iterator[Finding]:
+    """Whether the listeners can be had, and who else has the port."""
+    wanted, title = case.entry.wanted, case.entry.title
+    for place in (place for kind in wanted.challenge for place in places(wanted, kind)):
+        refusal = case.refused.get(place)
+        yield Finding(PROBLEM, title, refusal) if refusal else \
+            Finding(OK, title, f"{place.kind}: {place.host}:{place.port} can be listened on")
+    if "http-01" in wanted.challenge and not places(wanted, "http-01"):
+        holder = port_holder(CHALLENGES["http-01"].port)
+        yield Finding(OK, title, f"port 80 here: {holder}") if holder else \
+            Finding(NOTE, title, "nobody listens on port 80 here: right if another host answers, or passes on to here")
+
+
+def asked_by_port(case: Case) -> list[str]:
+    """The names that the CA connects to."""
+    ported = [kind for kind in case.entry.wanted.challenge if CHALLENGES[kind].port]
+    return [name for name in case.names if any(proves(kind, name) for kind in ported)]
+
+
+def addresses(case: Case, name: str) -> list[str]:
+    """Where the CA would connect to for a name, as this host knows it."""
+    with contextlib.suppress(NetworkError):
+        return [name] if is_address(name) else case.task.world.resolve(name)
+    return []
+
+
+def is_private(address: str) -> bool:
+    """Whether no public CA can reach an address."""
+    import ipaddress
+    return not ipaddress.ip_address(address.partition("%")[0]).is_global
+
+
+def about_addresses(case: Case) -> Iterator[Finding]:
+    """Where the names lead, against the addresses of this host."""
+    for name in asked_by_port(case):
+        found = addresses(case, name)
+        if not found:
+            yield Finding(PROBLEM, name, "the name does not resolve here: give it an A or AAAA record")
+        for address in found:
+            private = " (private: a public CA needs another one from its own DNS)" if is_private(address) else ""
+            if is_ours(address):
+                yield Finding(OK, name, f"{address} is this host's{private}")
+            else:
+                yield Finding(NOTE, name, f"{address} is not this host's{private}: right if it is a router's or "
+                              f"front's that passes {WELL_KNOWN} on to here")
+
+
+def caa_tags(case: Case, name: str) -> tuple[str, list[tuple[str, str]]]:
+    """The CAA records (RFC 8659) that count for a name, as tags and values, and where they stand."""
+    at = name[2:] if name.startswith("*.") else name
+    while at:
+        lines = [line for line in ask_dns(case.task, "CAA", f"{at}.") if not line.endswith(".")]
+        if lines:
+            matches = (CAA_RECORD.fullmatch(line) for line in lines)
+            return at, [(found[1].lower(), found[2].strip().lower()) for found in matches if found]
+        at = at.partition(".")[2]
+    return "", []
+
+
+def about_caa(case: Case) -> Iterator[Finding]:
+    """Whether CAA records allow the CAs."""
+    for name in (name for name in case.names if not is_address(name)):
+        try:
+            at, tags = caa_tags(case, name)
+        except ChallengeError as error:
+            yield Finding(NOTE, name, f"CAA records could not be looked up: {error}")
+            return
+        wild = [value for tag, value in tags if tag == "issuewild"] if name.startswith("*.") else []
+        allowed = wild or [value for tag, value in tags if tag == "issue"]
+        for word, known in case.issuers.items():
+            if word in case.entry.wanted.server and allowed and known and not set(allowed) & set(known):
+                yield Finding(PROBLEM, name, f"CAA at {at} allows {' '.join(filter(None, allowed)) or 'no CA'}, but "
+                              f"{word} is {' or '.join(known)}: change the record, or the server")
+
+
+def redirect_fault(url: str, address: str, home: str) -> str:
+    """Why a public CA does not follow a redirect, or ""; home is the address that it came from."""
+    import urllib.parse
+    at = urllib.parse.urlsplit(url)
+    host, port = at.hostname or "", at.port or {"http": 80, "https": 443}.get(at.scheme, 0)
+    faults = ((at.scheme not in ("http", "https"), f"{at.scheme} is not http or https"),
+              (port not in (80, 443), f"port {port} is neither 80 nor 443"),
+              (is_address(host), f"{'a private' if is_private(address) else 'an'} address, not a name"),
+              ("." not in host, f"{host} is no name of the public DNS"),
+              (is_private(address) and not is_private(home), f"{host} is the private address {address}"))
+    return "; ".join(text for wrong, text in faults if wrong)
+
+
+def trail(case: Case, url: str, address: str) -> tuple[list[str], str, Response]:
+    """Follow redirects as public CAs do: the way, what they refuse of it (it ends there), and the last answer."""
+    import urllib.parse
+    way, fault, home, world = [url], "", address, case.task.world
+    while True:
+        response = world.visit(way[-1], address, VISIT_SECONDS)
+        target = response.headers.get("Location")
+        if not (300 <= response.status < 400 and target) or len(way) > REDIRECTS:
+            return way[1:], fault, response
+        try:
+            way.append(urllib.parse.urljoin(way[-1], target))
+            host = urllib.parse.urlsplit(way[-1]).hostname or ""
+            address = host if is_address(host) else world.resolve(host)[0]
+            fault = redirect_fault(way[-1], address, home)
+        except (ValueError, NetworkError) as error:
+            fault = f"leads nowhere ({error})"
+        if fault:
+            return way[1:], fault, response
+
+
+def about_visit(case: Case, name: str, address: str, proof: Proof) -> Iterator[Finding]:
+    """Whether a token that is published now is answered at one address of a name."""
+    host = f"[{name}]" if ":" in name else name
+    try:
+        way, fault, last = trail(case, f"http://{host}{WELL_KNOWN}{proof.token}", address)
+    except NetworkError as error:
+        if is_ours(address):
+            yield Finding(PROBLEM, name, f"{address}: port 80 gives no answer: {error}; open it, or see who has it")
+        else:
+            yield Finding(NOTE, name, f"{address}: port 80 gives no answer to this host: {error}; behind a router that "
+                          "says little (hairpin NAT), ask from outside")
+        return
+    by = f", redirected to {' and '.join(way)}" if way else ""
+    if fault:
+        yield Finding(PROBLEM, name, f"{address}{by}: {fault}: public CAs do not follow; pass the request on instead")
+    elif last.status == 200 and last.body.decode("utf-8", "replace").strip() == proof.text:
+        yield Finding(OK, name, f"{address}: a token published now is answered{by}")
+    else:
+        yield Finding(PROBLEM, name, f"{address}: not a token published now, but HTTP status {last.status} came{by}; "
+                      f"pass {WELL_KNOWN} of this name on to what answers here")
+
+
+def about_reach(case: Case) -> Iterator[Finding]:
+    """Whether the CA's question would be answered at each address of each name."""
+    import secrets
+    wanted = case.entry.wanted
+    names = [name for name in asked_by_port(case) if proves("http-01", name)]
+    if "http-01" not in wanted.challenge or "hook" in ways(wanted, "http-01"):
+        return
+    key = account_of(case.settings, wanted.server[0]).key
+    token = secrets.token_urlsafe(24)
+    try:
+        text = f"{token}.{thumbprint(parse_key(read(key)))}"
+    except WucmeError:
+        text = f"{token}.check"
+        if "stateless" in ways(wanted, "http-01"):
+            yield Finding(NOTE, case.entry.title, "stateless = yes, and no account key yet: see wucme.py thumbprint")
+            return
+    try:
+        with answering(case.task, [Proof("http-01", name, token, text) for name in names[:1]]):
+            for name in names:
+                for address in addresses(case, name):
+                    yield from about_visit(case, name, address, Proof("http-01", name, token, text))
+    except ChallengeError as error:
+        yield Finding(PROBLEM, case.entry.title, str(error))
+
+
+CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    about_loads, about_files, about_ports, about_addresses, about_caa, about_reach)
+
+
+def suspects(settings: Settings, request: Request) -> list[Entry]:
+    """The certificates to look at: those named, be they there or not, else all."""
+    inventory = take_stock(settings)
+    if not request.names:
+        return list(inventory.entries.values())
+    found = []
+    for name in request.names:
+        try:
+            found += choose(inventory, [name])
+        except SettingsError:
+            fresh, label = declare(settings, [name], request.options)
+            found += choose(take_stock(fresh), [label])
+    return found
+
+
+def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Finding]:
+    """Look at all that an order would need, and say what is found."""
+    import threading
+    load_items(settings)
+    make_directory(settings.run.directory)
+    entries = suspects(settings, request)
+    answers, issuers = Answers(settings.run.directory), dict[str, Sequence[str]]()
+    for word in dict.fromkeys(word for entry in entries for word in entry.wanted.server):
+        yield from about_server(settings, word, world, issuers)
+    listeners, refused = open_listeners((place for entry in entries for kind in entry.wanted.challenge
+                                         for place in places(entry.wanted, kind)), answers)
+    try:
+        for entry in entries:
+            names, plain = wanted_names(entry), entry.wanted._replace(hook=None, nsupdate=None)
+            task = Task(names, plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
+            for check in CHECKS:
+                yield from check(Case(entry, names, settings, task, refused, issuers))
+    finally:
+        for listener in listeners:
+            listener.close()
 
 
 # === 15. uacme: its command line and its directory =============================================
@@ -5553,7 +6089,7 @@ def uacme_advised(entry: Entry, client: Client, run: RunScope, now: float) -> En
     if window is None:
         return entry
     # Nothing is remembered: what is drawn is this host's and certificate's own, and so the same each day.
-    memory = entry.memory._replace(window=settle_window(window, (), own_share(run, entry)), about=window.about)
+    memory = entry.memory._replace(window=settle_window(window, (), own_share(run, entry.name)), about=window.about)
     return entry._replace(memory=memory, wanted=entry.wanted._replace(renew=Renewal(seconds=86400.0)))
 
 
@@ -5592,7 +6128,7 @@ def prove_name(client: Client, order: Order, found: Authorization, one: Challeng
             raise client.complaint(order, task.names)
         verdict = "done"
     finally:
-        journal.undo(task, verdict)
+        undo_all(journal, task, verdict)
 
 
 def prove_in_turn(client: Client, order: Order, task: Task) -> None:
@@ -5672,7 +6208,7 @@ def in_flat(call: Call) -> int:
         decision = decide(told.get(found.name, found), now, True, request.force)
         if call.verb == "check":
             return 0 if decision.due else 1
-        clean_up(inventory, settings, world)
+        clean_up(take_stock(settings), settings, world)
         (_, outcome), = tend([decision], settings, clients, now)
     return {"renewed": 0, "current": 1}.get(outcome.state, 2)
 
@@ -5694,8 +6230,8 @@ def uacme(argv: Sequence[str], world: World) -> int:
 
 # === 16. command line: what was asked for, and how it ends =====================================
 
-VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "revoke": revoke,
-         "account": account_verb, "thumbprint": show_thumbprint}
+VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "check": None,
+         "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
 
 
 def version() -> str:
@@ -5719,13 +6255,15 @@ def argument_parser() -> argparse.ArgumentParser:
             hint = nearest(word, self._option_string_actions) if word.startswith("--") else ";"
             raise SettingsError(f"{message}{hint} See --help")
 
-    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False)
+    # Without a width argparse would ask for that of the terminal, once for each option.
+    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False,
+                    formatter_class=functools.partial(argparse.HelpFormatter, width=99))
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
     parser.add_argument("--reason", default="unspecified")
     parser.add_argument("--csr", dest="set_csr")
-    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "version", "help"):
+    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "install", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
@@ -5756,6 +6294,9 @@ def staging(settings: Settings) -> Settings:
 
 def act(settings: Settings, request: Request, world: World) -> int:
     """Do what the verb says; the exit status."""
+    if request.verb == "timer":
+        print("\n".join(timer(settings, request._replace(install=request.install and not request.dry_run), world)))
+        return 0
     if request.dry_run:
         if request.verb == "issue":
             settings, label = declare(settings, request.names, request.options)
@@ -5766,6 +6307,13 @@ def act(settings: Settings, request: Request, world: World) -> int:
         found = standing(settings, world)
         print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
         return found.status
+    if request.verb == "check":
+        bad = False
+        for one in diagnose(settings, request, world):
+            bad = bad or one.level == PROBLEM
+            if one.level == PROBLEM or not log.quiet:
+                print(f"{one.level:8}{printable(f'{one.about}: {one.text}')}", flush=True)
+        return int(bad)
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
@@ -5792,19 +6340,22 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
     if arguments["force"] and verb not in ("issue", "renew"):
         raise SettingsError(f"--force goes with issue and renew, not with {verb}")
+    if arguments["install"] and verb != "timer":
+        raise SettingsError(f"--install goes with timer, not with {verb}")
     options = option_texts(arguments)
     if "csr" in options and verb != "issue":
         raise SettingsError(f"--csr goes with issue, not with {verb}")
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
-    if os.geteuid() == 0 and anyone_may_write(os.path.abspath(__file__)):
-        raise SettingsError(f"{__file__}: anyone may write this file, and root runs it; chmod o-w {__file__}")
     common = {key: text for key, text in options.items()
               if verb != "issue" or key not in CertificateScope._field_defaults}
     settings = read_settings(read_source("" if fresh else find_ini(named)), common)
+    for path in (os.path.abspath(__file__), settings.run.directory):
+        if fault := anyone_may_write(path):
+            raise SettingsError(fault)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"]))
+                    arguments["staging"], arguments["reason"], arguments["install"]))
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
@@ -5813,6 +6364,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     if "GATEWAY_INTERFACE" in os.environ:       # called by a web server: answers the CA, and does nothing else
         os.write(1, respond(os.environ))
         return 0
+    gc.set_threshold(100_000)       # what is made by the thousand lives to the end
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -5846,5 +6398,14 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         return 1
 
 
+def leave(status: int) -> NoReturn:
+    """End with this status, and leave it to the kernel to take down what is left."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        status = status or 1
+    os._exit(status)            # Python's own way takes as long as a look at a hundred certificates
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
