@@ -4,7 +4,7 @@ SCRIPTS = $(sort $(wildcard *.py .ci/*.py) $(shell grep -l -d skip '^.!.*python'
 export PYTHONPYCACHEPREFIX = $(CURDIR)/.cache/pycache
 export HYPOTHESIS_STORAGE_DIRECTORY = $(CURDIR)/.cache/hypothesis
 
-.PHONY: help demo test lint faults soak matrix clean
+.PHONY: help demo test lint faults soak bench matrix clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ faults: ## every step on the disk failed, stopped and killed, and what becomes o
 soak: ## issue and renew 50 times in a row at a test CA that refuses nonces and is slow; ARGS=ROUNDS
 	@$(SETUP) venv >/dev/null
 	@.venv/bin/python .ci/soak $(ARGS)
+
+bench: ## what it costs, beside every other client that is here: half an hour; ARGS="--short" or names of cases
+	@$(SETUP) venv >/dev/null
+	@.venv/bin/python .ci/bench $(ARGS)
 
 matrix: ## the quick tests, on each Python with the oldest and the newest cryptography
 	@$(PYTHON) .ci/matrix

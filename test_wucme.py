@@ -7,6 +7,7 @@ many times, `pebble` needs that test CA, `servers` needs servers from Debian; `.
 from __future__ import annotations
 
 import ast
+import atexit
 import base64
 import contextlib
 import email.utils
@@ -24,6 +25,7 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import signal
 import smtplib
 import socket
@@ -56,6 +58,15 @@ from hypothesis import strategies as st
 import wucme
 
 SCRIPT = Path(wucme.__file__).resolve()
+if os.geteuid() == 0 and (wucme.anyone_may_write(str(SCRIPT)) or wucme.others_may_write(str(SCRIPT))):
+    FILES = Path(tempfile.mkdtemp())        # root trusts no file of others, so a checkout of others is copied
+    atexit.register(shutil.rmtree, FILES)
+    shutil.copytree(SCRIPT.parent, FILES, ignore=shutil.ignore_patterns(".venv", ".cache", ".git"), dirs_exist_ok=True)
+    for checked_out in (FILES, *FILES.rglob("*")):
+        os.chown(checked_out, 0, 0)
+        checked_out.chmod(checked_out.stat().st_mode & ~0o022)
+    SCRIPT = FILES / "wucme.py"
+    wucme.__file__ = str(SCRIPT)
 
 
 def mode(path: Path) -> int:
@@ -1041,11 +1052,42 @@ class TestFiles:
         assert mode(tmp_path / "key_1") == 0o600
 
     @pytest.mark.parametrize(("bits", "anyone"), [(0o644, False), (0o664, False), (0o646, True), (0o602, True)])
-    def test_anyone_may_write(self, tmp_path: Path, bits: int, anyone: bool) -> None:
+    @pytest.mark.parametrize("user", [0, 1000])
+    def test_what_anyone_may_write_is_not_for_root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int,
+                                                   anyone: bool, user: int) -> None:
         (tmp_path / "file").touch()
         (tmp_path / "file").chmod(bits)
-        assert wucme.anyone_may_write(str(tmp_path / "file")) is anyone
-        assert wucme.anyone_may_write(str(tmp_path / "none")) is False
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        path = str(tmp_path / "file")
+        fault = f"{path}: anyone may write it, and root trusts it; chmod o-w {path}"
+        assert wucme.anyone_may_write(path) == (fault if anyone and user == 0 else "")
+        assert not wucme.anyone_may_write(str(tmp_path / "none"))
+
+    @pytest.mark.parametrize(("bits", "fine"), [(0o755, True), (0o777, False), (0o1777, True)])
+    def test_directories_on_the_way_count_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int,
+                                              fine: bool) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        (tmp_path / "open" / "below").mkdir(parents=True)
+        (tmp_path / "open").chmod(bits)
+        (tmp_path / "link").symlink_to("open")
+        for way in (tmp_path / "open", tmp_path / "link"):
+            assert bool(wucme.anyone_may_write(str(way / "below" / "file"))) is not fine
+        assert bool(wucme.anyone_may_write(str(tmp_path / "open"))) is (bits != 0o755), "sticky or not"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    @pytest.mark.parametrize(("which", "bits", "user", "said"), [
+        ("file", 0o644, 0, ""), ("file", 0o664, 0, " (group 0 may write it)"),
+        ("file", 0o644, 12345, " (it belongs to user 12345)"), ("", 0o755, 12345, " (it belongs to user 12345)"),
+        ("", 0o775, 0, "")])
+    def test_who_else_may_write(self, tmp_path: Path, which: str, bits: int, user: int, said: str) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / which).chmod(bits)
+        os.chown(tmp_path / which, user, 0)
+        (tmp_path.parent / "link").unlink(missing_ok=True)
+        (tmp_path.parent / "link").symlink_to(tmp_path)
+        for way in (tmp_path, tmp_path.parent / "link"):
+            found = wucme.others_may_write(str(way / "file"))
+            assert found in ([f"{one / which}{said}" for one in (way, tmp_path)] if said else [""])
 
     def test_directories_can_be_passed_whatever_the_umask(self, tmp_path: Path) -> None:
         before = os.umask(0o077)
@@ -1145,6 +1187,12 @@ def brief(value: object) -> str | None:
     return f"{len(value)} bytes" if isinstance(value, bytes) else None
 
 
+def der(tag: int, *parts: bytes) -> bytes:
+    """A value of less than 256 bytes in DER."""
+    body = b"".join(parts)
+    return bytes([tag, len(body)] if len(body) < 128 else [tag, 0x81, len(body)]) + body
+
+
 class TestKeys:
     @pytest.mark.parametrize("kind", ["ecdsa-p256", "ecdsa-p384", "rsa-2048"])
     def test_a_key_goes_to_pem_and_comes_back(self, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
@@ -1180,6 +1228,28 @@ class TestKeys:
         pem = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
         found = wucme.parse_key(CHAIN + pem.replace(b"\n", b"\r\n"))
         assert wucme.key_hash(found.public_key()) == wucme.key_hash(key.public_key())
+
+    @pytest.mark.parametrize("plain", [False, True])
+    @pytest.mark.parametrize(("curve", "oid"), [(ec.SECP256R1(), "06082a8648ce3d030107"),
+                                                (ec.SECP384R1(), "06052b81040022")])
+    @pytest.mark.parametrize("change", [1, -1])
+    def test_numbers_longer_or_shorter_than_their_curve_are_read(self, curve: Any, oid: str, plain: bool,
+                                                                 change: int) -> None:
+        size = (curve.key_size + 7) // 8
+        key = ec.derive_private_key(3 << (8 * size - 16), curve)    # its first octet is zero
+        number = key.private_numbers().private_value.to_bytes(size + change, "big")
+        point = key.public_key().public_bytes(serialization.Encoding.X962,
+                                              serialization.PublicFormat.UncompressedPoint)
+        named = bytes.fromhex(oid)
+        found = der(0x30, b"\x02\x01\x01", der(4, number), b"" if plain else der(0xa0, named),
+                    der(0xa1, der(3, b"\0" + point)))
+        if plain:
+            kind = der(0x30, bytes.fromhex("06072a8648ce3d0201"), named)
+            found = der(0x30, b"\x02\x01\x00", kind, der(4, found))
+        label = b"PRIVATE KEY-----" if plain else b"EC PRIVATE KEY-----"
+        pem = b"-----BEGIN " + label + b"\n" + base64.encodebytes(found) + b"-----END " + label + b"\n"
+        for read in (wucme.parse_key, wucme.parse_odd_key):
+            assert wucme.key_hash(read(pem).public_key()) == wucme.key_hash(key.public_key())
 
     @pytest.mark.parametrize(("key", "reason"), [
         (b"", "holds no (whole )?private key"),
@@ -1460,13 +1530,14 @@ class TestSettings:
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         found = read_text("")
         assert found.run._replace(host="") == wucme.RunScope(
-            directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, lock_wait=600, timeout=20,
-            deadline=120, alert=(), metrics="", host="")
+            directory="/etc/wucme", log="/etc/wucme/wucme.log", backups=3, workers=4, orders=100, lock_wait=600,
+            timeout=20, deadline=120, alert=(), metrics="", host="")
         assert found.run.host == os.uname().nodename
         assert found.default == wucme.CertificateScope(
             server=("letsencrypt",), names=(), key="ecdsa-p256", rotate=False, renew=wucme.Renewal(auto=True),
             listen=None, load=(), load_timeout=300, grace=10, profile="", chain="", csr="", challenge=("http-01",),
-            listen_tls=None, webroot=(), stateless=False, hook=None, nsupdate=None, dns_wait=120)
+            listen_tls=None, webroot=(), stateless=False, hook=None, nsupdate=None, dns_wait=120,
+            must_staple=False)
         assert found.other_server == wucme.ServerScope(
             url="", ca_file="", proxy="", contact=(), agree=False, eab_kid="", eab_hmac=wucme.Secret(""),
             eab_hmac_file="", eab_alg="HS256", profile="", chain="")
@@ -1674,7 +1745,7 @@ class TestIniFile:
         if fine:
             assert wucme.read_source(str(path)).text == "[wucme]\n"
         else:
-            with pytest.raises(wucme.SettingsError, match="anyone may write this file"):
+            with pytest.raises(wucme.SettingsError, match="anyone may write it"):
                 wucme.read_source(str(path))
 
     def test_byte_order_mark_and_crlf_are_accepted(self, tmp_path: Path) -> None:
@@ -2002,15 +2073,14 @@ class TestRarity:
     ])
     def test_runs_must_come_at_least_twice_between_the_renewal_point_and_the_end(
             self, lifetime: float, gaps: list[float], told: bool) -> None:
-        decision = wucme.decide(entry(known(lifetime, lifetime / 10)), NOW)
         runs = list(itertools.accumulate([NOW - sum(gaps), *gaps]))
-        said = wucme.too_rare(decision, runs)
+        said = wucme.too_rare(entry(known(lifetime, lifetime / 10)), runs)
         assert bool(said) is told
         assert not said or re.search(r"^www\.example\.org: runs come every [0-9.]+ hours, but .* run at least ", said)
 
     def test_what_is_never_renewed_or_not_there_needs_no_runs(self) -> None:
         for one in (entry(known(DAY, 0), renew="never"), entry(None)):
-            assert wucme.too_rare(wucme.decide(one, NOW), [0.0, 9 * DAY]) == ""
+            assert wucme.too_rare(one, [0.0, 9 * DAY]) == ""
 
 
 class TestPlan:
@@ -2370,7 +2440,7 @@ class TestWays:
         journal.add("webroot", proofs[1], str(tmp_path / "file"))
         journal.add("nsupdate", proofs[0], "_acme-challenge.a.example.")
         journal.add("hook", proofs[0])
-        journal.undo(task, "done")
+        wucme.undo_all(journal, task, "done")
         assert not (tmp_path / "file").exists()
         assert [row.way for row in journal.rows] == ["hook"]
         assert "no hook for it is set any more" in "".join(log.held)
@@ -2396,7 +2466,7 @@ class TestWays:
         journal.add("webroot", wucme.Proof(HTTP, "a.example", "t", "x"), str(tmp_path / "file"))
         (tmp_path / "file").touch()
         wucme.ending.number = signal.SIGTERM
-        journal.undo(task, "failed")
+        wucme.undo_all(journal, task, "failed")
         assert (tmp_path / "file").exists()
         assert len(list(wucme.undo_left(task, journal.path))) == 1
         assert not (tmp_path / "file").exists()
@@ -3035,7 +3105,7 @@ class TestStore:
                   "wucme_c_x.pem_20260213002000860", "wucme_k_x.pem_2026021300200086"]
         for name in [*others, *(f"wucme_c_x.pem_{stamp}" for stamp in stamps)]:
             (tmp_path / name).touch()
-        wucme.prune(str(tmp_path / "wucme_c_x.pem"), keep)
+        wucme.prune(str(tmp_path), ["wucme_c_x.pem"], keep)
         assert set(os.listdir(tmp_path)) == {*others, *(f"wucme_c_x.pem_{one}" for one in stamps[max(0, 4 - keep):])}
 
     def test_sweep_removes_what_was_left_but_for_what_is_kept(self, tmp_path: Path) -> None:
@@ -3391,13 +3461,13 @@ class TestLedger:
         stranger.save()
         assert not wucme.Ledger(str(tmp_path), "alpha").stranger
 
-    def test_the_machine_is_told_by_a_digest_of_its_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_machine_is_told_by_a_checksum_of_its_id(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         for text in (b"one", b"two"):
             monkeypatch.setattr(wucme, "read", lambda path, text=text: text)
             found.append(wucme.machine_id())
         assert len(set(found)) == 2
-        assert all(re.fullmatch("[0-9a-f]{32}", one) for one in found)
+        assert all(re.fullmatch("[0-9a-f]{8}", one) for one in found)
 
     def test_nothing_new_is_not_written(self, tmp_path: Path) -> None:
         wucme.Ledger(str(tmp_path), "alpha").save()
@@ -3712,7 +3782,8 @@ LAYERS: dict[int, tuple[str, set[int]]] = {
     12: ("report", {1, 7}),
     13: ("run", set(range(1, 13))),
     14: ("diagnosis", set(range(1, 14))),
-    16: ("command line", set(range(1, 15))),
+    15: ("uacme", set(range(1, 14))),
+    16: ("command line", set(range(1, 16))),
 }
 
 
@@ -3855,7 +3926,7 @@ class TestShape:
                 "print(status, [name for name in heavy if name in sys.modules])")
         done = subprocess.run(
             [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True,
-            env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
         assert (done.stdout, done.stderr) == ("0 []\n", "")
         assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
 
@@ -4402,8 +4473,19 @@ class TestCertificationAuthority:
         assert lab.run("renew", "--force").status == 0
         paths = [path.split("/")[1] for _, path, _ in fake.requests]
         assert [path for path, _ in itertools.groupby(paths)] == [
-            "directory", "new-order", "authz", "challenge", "order", "finalize", "order", "cert"]
+            "directory", "new-order", "authz", "challenge", "order", "finalize", "cert"]
         assert fake.connections - before == 1
+
+    def test_so_many_orders_a_run_and_the_most_urgent_first(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        for name, days in (("late", 20), ("later", 25), ("latest", 28)):
+            lab.old_pair(f"{name}.example.test", days=days)
+        done = lab.run("--orders", "2")
+        assert done.status == 1
+        assert done.lines[-1] == "6 files, 3 certs, 2 renewed, 0 failed"
+        assert "1 more are due, and left to the next run (orders = 2): latest.example.test" in done.err
+        assert orders(fake) == 2
+        assert lab.run("--orders", "2").status == 0
+        assert orders(fake) == 3
 
     def test_one_connection_a_worker(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for number in range(12):
@@ -6606,7 +6688,7 @@ class TestCheck:
     def test_what_would_go_wrong_is_said_with_its_remedy(self, fake: fakeca.FakeCA, lab: Host) -> None:
         address = testbed.own_address(80)
         lab.write("@/nonexistent/procedure", listen=f"{address}:80", sections="[a.example.test]\n[b.example.test]\n")
-        text = (f"server {{ listen {address}:80; server_name a.example.test;\n"
+        text = (f"server {{ listen {address}:80; server_name a.example.test; "
                 "return 302 http://127.0.0.9$request_uri; }\n"
                 f"server {{ listen {address}:80; server_name b.example.test; return 404; }}")
         with testbed.PlainWeb(lab.home / "web", "nginx", text, 80, address=address):
@@ -6974,6 +7056,310 @@ class TestHarmLimits:
         assert set((tmp_path / "loads").read_text().split()) == {*names}, "the one that failed is loaded as it is"
 
 
+NOBODY = 65534
+
+
+def as_nobody(*command: str, rights: Sequence[str] = ()) -> list[str]:
+    """A command as an ordinary user runs it, with these rights more."""
+    more = [f"--{kind}-caps=+{right}" for right in rights for kind in ("inh", "ambient")]
+    user = [testbed.program("setpriv"), f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    return [*user, *more, *command]
+
+
+def need(command: Sequence[str]) -> None:
+    """Skip a test if this machine forbids what it needs, as containers may."""
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"not allowed here: {shlex.join(command)}")
+
+
+# Runs a script, and writes down what it does on the disk as `strace -y -s 0` would.
+RECORDER = """
+import os, runpy, sys
+write, trace = os.write, os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+def recorded(name, real):
+    def call(*given, **more):
+        result = real(*given, **more)
+        told = [f"{one}<{os.readlink(f'/proc/self/fd/{one}')}>" if type(one) is int else f'"{one}"' for one in given
+                if type(one) is not bytes]
+        write(trace, f"1 {name}({', '.join(told)})\\n".encode())
+        return result
+    return call
+for name in ("fsync", "replace", "write", "pwrite"):
+    setattr(os, name, recorded({"replace": "rename"}.get(name, name), getattr(os, name)))
+sys.argv[:] = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that an ordinary user can reach and write in."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, NOBODY, NOBODY)
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+# Runs a command with a CA of its own, which asks at port 80; "root" is served there, or our answers as a CGI script.
+WITH_CA = """
+import functools, http.server, subprocess, sys, threading
+from pathlib import Path
+import fakeca
+home, way = Path(sys.argv[1]), sys.argv[2]
+class Files(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+class Cgi(Files):
+    def do_GET(self):
+        about = {"GATEWAY_INTERFACE": "CGI/1.1", "WUCME_DIRECTORY": str(home / "certificates"),
+                 "REQUEST_METHOD": "GET", "PATH_INFO": self.path}
+        other = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", sys.executable]
+        done = subprocess.run([*other, home / "wucme.py"], env=about, stdout=subprocess.PIPE)
+        self.wfile.write(b"HTTP/1.0 200 OK\\r\\n" + done.stdout)
+if way in ("webroot", "cgi"):
+    handler = functools.partial(Files if way == "webroot" else Cgi, directory=str(home / "root"))
+    threading.Thread(target=http.server.HTTPServer(("127.0.0.1", 80), handler).serve_forever, daemon=True).start()
+with fakeca.FakeCA(home, 80) as fake:
+    sys.exit(subprocess.call([*sys.argv[3:], "--server", fake.url, "--ca-file", str(fake.ca_file)]))
+"""
+REDIRECT = """table inet wucme {
+  chain wucme {
+    type nat hook output priority -100
+    tcp dport 80 redirect to :8402
+  }
+}
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+class TestWithoutRoot:
+    """What README says may be granted, each in a network of its own."""
+
+    @pytest.mark.parametrize(("way", "options", "status"), [
+        ("nothing", [], 1), ("ambient", [], 0), ("setcap", [], 0), ("sysctl", [], 0),
+        ("redirect", ["--listen", "127.0.0.1:8402"], 0), ("webroot", ["--webroot", "root"], 0),
+        ("cgi", ["--listen", "none"], 0)])
+    def test_what_can_be_granted(self, open_place: Path, way: str, options: list[str], status: int) -> None:
+        need(as_nobody(sys.executable, "-c", ""))
+        need([testbed.program("unshare"), "-n", "true"])
+        python, prepare = sys.executable, "true"
+        if way == "setcap":
+            python = str(shutil.copy(os.path.realpath(sys.executable), open_place / "python"))
+            need([testbed.program("setcap"), "cap_net_bind_service=+ep", python])
+        elif way == "sysctl":
+            prepare = "echo 80 > /proc/sys/net/ipv4/ip_unprivileged_port_start"
+        elif way == "redirect":
+            (open_place / "rules").write_text(REDIRECT)
+            prepare = f"{testbed.program('nft')} -f rules"
+            need(["unshare", "-n", "sh", "-c", f"cd {open_place}; {prepare}"])
+        elif way == "webroot":
+            (open_place / "root").mkdir()
+            os.chown(open_place / "root", NOBODY, NOBODY)
+        script = str(shutil.copy(SCRIPT, open_place))
+        run = as_nobody(python, script, "issue", "a.example.test", "--agree", "--directory", "certificates", *options,
+                        rights=["net_bind_service"] if way == "ambient" else [])
+        with_ca = shlex.join([sys.executable, "-c", WITH_CA, str(open_place), way, *run])
+        paths = [str(SCRIPT.parent / ".ci"), *(path for path in sys.path if path.endswith("-packages"))]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(open_place), "PYTHONPATH": os.pathsep.join(paths)}
+        done = subprocess.run(["unshare", "-n", "sh", "-c", f"ip link set lo up && {prepare} && {with_ca}"],
+                              cwd=open_place, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, "80: not permitted" in done.stderr) == (status, way == "nothing"), done.stderr
+        chain = open_place / "certificates" / "wucme_c_a.example.test.pem"
+        assert [path.stat().st_uid for path in [chain] if path.exists()] == ([NOBODY] if status == 0 else [])
+
+
+def unit(settings: dict[str, str], text: str = "", **more: str) -> str:
+    """The service unit for an ini."""
+    body = "".join(f"{key} = {value}\n" for key, value in settings.items())
+    source = wucme.Source("/etc/wucme/wucme.ini", f"[wucme]\n{body}{textwrap.dedent(text)}")
+    found = wucme.read_settings(source, more)
+    return wucme.service(found, wucme.load_items(found), ["/bin/true", "a b", "$x", "100%"])
+
+
+# Runs a command as a unit of systemd would be: all read-only but for the paths named, and with these rights alone.
+CONFINED = """
+for at in $1; do [ ! -e "$at" ] || mount --bind "$at" "$at"; done
+for at in $(awk '{ print $2 }' /proc/self/mounts | sort -ur); do
+  case " $1 /proc /sys /dev" in
+    *" $at "*) ;;
+    *) case $at in /proc/*|/sys/*|/dev/*) ;; *) mount -o remount,bind,ro "$at" || exit 99;; esac;;
+  esac
+done
+rights=$2
+shift 2
+exec setpriv --no-new-privs --inh-caps=-all --bounding-set="-all$rights" "$@"
+"""
+
+
+@pytest.mark.process
+class TestTimer:
+    """What makes it run every hour."""
+
+    @pytest.mark.parametrize(("text", "strict"), [
+        ("", True), ("load = > /a/b.pem", True), ("load = ? a.example:443", True), ("load = +", False),
+        ("load = @/a/b", False), ("load = $ true", False), ("alert = $ true", False), ("hook = uacme:/a/b", False),
+        ("nsupdate = /a/key", False), ("[a.example]\nload = +nginx", False), ("[a.example]\nhook = lego:/a/b", False),
+        ("[a.example]\nload = > /a/b.pem", True)])
+    def test_unit_allows_what_the_settings_need(self, text: str, strict: bool) -> None:
+        found = unit({}, text)
+        assert ["ProtectSystem=strict" in found, "NoNewPrivileges=true" in found, "CapabilityBoundingSet=" in found,
+                "ReadWritePaths=" in found] == [strict] * 4
+        for setting in ("Type=oneshot", "PrivateTmp=true", "ProtectKernelModules=true", "ProtectControlGroups=true",
+                        f"UMask={'0077' if strict else '0022'}", "MemoryMax=", "TimeoutStartSec="):
+            assert setting in found
+
+    def test_directories_that_are_written_are_named(self) -> None:
+        found = unit({"directory": "/var/c%d", "log": "/var/log/a b/w.log", "metrics": "/var/m/w.prom",
+                      "webroot": "/srv/one /srv/two"}, """\
+            load =
+                > /etc/one/{name}/x.pem
+                > /etc/two/pre-{name}.pem
+            [a.example]
+            webroot = /srv/three
+            load = > /etc/three/x.pem
+            """)
+        assert re.findall("ReadWritePaths=(.*)", found) == [
+            '-/var/c%%d "-/var/log/a b" -/var/m -/etc/three -/etc/one -/etc/two -/srv/one -/srv/two -/srv/three']
+        assert 'ExecStart=/bin/true "a b" "$$x" 100%%\n' in found
+
+    def test_time_limit_is_longer_than_all_deadlines(self) -> None:
+        limit, more, longest = (int(re.findall("TimeoutStartSec=(.*)", text)[0]) for text in (
+            unit({}), unit({}, "load = $ true"), unit({"deadline": "1h", "lock_wait": "2h"})))
+        assert (limit, more, longest) == (7800, 8100, 3600 * 62)
+
+    @pytest.mark.parametrize("load", ["> /tmp/x.pem", "+nginx"])
+    def test_units_are_what_systemd_takes(self, tmp_path: Path, load: str) -> None:
+        verify = [testbed.program("systemd-analyze"), "verify", str(tmp_path / "wucme.service"),
+                  str(tmp_path / "wucme.timer")]
+        text = unit({"directory": '/a "b" $c %d\\e', "load": load})
+        (tmp_path / "wucme.timer").write_text(wucme.TIMER)
+        for spoilt in ("", "Umsk=1\n"):
+            (tmp_path / "wucme.service").write_text(text + spoilt)
+            done = subprocess.run(verify, capture_output=True, text=True, check=False)
+            assert ("Umsk" in done.stderr) if spoilt else (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can confine what root does")
+    def test_renewal_within_what_the_unit_allows(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        need([testbed.program("unshare"), "-m", "sh", "-c", "mount --bind /tmp /tmp"])
+        lab.old_pair("a.example.test")
+        os.chown(lab.key(), NOBODY, NOBODY)
+        copies, elsewhere, hidden = (tmp_path / name for name in ("copies", "elsewhere", "root"))
+        for path in (copies, elsewhere, hidden):
+            path.mkdir()
+        os.chown(copies, NOBODY, NOBODY)
+        copies.chmod(0o700)
+        lab.write(f"> {copies}/{{name}}.pem what=pair owner=nobody:nogroup", webroot=str(hidden))
+        text = lab.run("timer", "systemd").out
+        paths = re.findall("(?m)^ReadWritePaths=(.*)", text)[0].replace("-/", "/")
+        rights = re.sub("CAP_(?=[A-Z])", ",+", re.findall("(?m)^CapabilityBoundingSet=(.*)", text)[0]).replace(" ", "")
+        confined = ["unshare", "-m", "sh", "-c", CONFINED, "sh", paths, rights.lower()]
+
+        def run() -> Done:
+            done = subprocess.run([*confined, *lab.command("--rotate", "--workers", "1")], env=lab.environment, cwd="/",
+                                  capture_output=True, text=True, check=False, timeout=60)
+            return Done(done.returncode, done.stdout, done.stderr)
+
+        done = run()
+        assert done.status == 0, done.err
+        about = (copies / "a.example.test.pem").stat()
+        assert (about.st_uid, about.st_mode & 0o777) == (NOBODY, 0o600)
+        assert lab.chain().stat().st_uid == NOBODY
+        lab.write(f"> {elsewhere}/{{name}}.pem", webroot=str(hidden))
+        done = run()
+        assert (done.status, "Read-only file system" in done.err) == (1, True), "the confinement holds"
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can confine what root does")
+    def test_procedures_do_what_they_must_within_what_the_unit_allows(self, fake: fakeca.FakeCA, lab: Host,
+                                                                      tmp_path: Path) -> None:
+        read_only = "".join(f"mount --bind {at} {at}; mount -o remount,bind,ro {at}; " for at in ("/proc/sys", "/sys"))
+        confined = ["unshare", "-m", "sh", "-c", f'set -e; {read_only} umask 022; exec "$@"', "sh",
+                    testbed.program("setpriv"), "--bounding-set=-sys_module,-syslog"]
+        need([*confined, "true"])
+        lab.old_pair("a.example.test")
+        lab.write(f"$ cp $WUCME_CERT {tmp_path}/public; chown nobody {tmp_path}/public")
+        assert "ProtectSystem" not in lab.run("timer", "systemd").out
+        done = subprocess.run([*confined, *lab.command()], env=lab.environment, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        about = (tmp_path / "public").stat()
+        assert (about.st_uid, about.st_mode & 0o777) == (NOBODY, 0o644)
+
+    def installer(self, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+        """The script with places of its own for units and tables, and with its own crontab and systemctl."""
+        units, tables, programs = (tmp_path / name for name in ("units", "cron.d", "programs"))
+        for path in (units, tables, programs):
+            path.mkdir(exist_ok=True)
+        called, table = tmp_path / "called", tmp_path / "table"
+        for name, text in {"systemctl": f'echo "$@" >> {called}', "crontab":
+                           f"case $1 in -l) cat {table};; -) cat > {table}.new; mv {table}.new {table};; esac"}.items():
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
+        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}/certificates\nhost = alpha\n")
+        start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import os, wucme\n"
+        start += f"wucme.UNITS, wucme.CRON_FILE, wucme.BOOTED = {str(units)!r}, {str(tables / 'wucme')!r}, 'none'\n"
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+        def run(*words: str, root: bool = True) -> tuple[int, str]:
+            more = "" if root else "os.geteuid = lambda: 1000\n"
+            done = subprocess.run([sys.executable, "-c", f"{start}{more}sys.exit(wucme.main())", "timer", "--ini",
+                                   str(tmp_path / "w.ini"), *words], env=environment, text=True, capture_output=True,
+                                  check=False)
+            return done.returncode, done.stdout + done.stderr
+
+        return run
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="units are for root")
+    def test_one_form_takes_the_place_of_the_other(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        called, table = tmp_path / "called", tmp_path / "cron.d" / "wucme"
+        status, shown = run("systemd")
+        assert (status, list((tmp_path / "units").iterdir())) == (0, []), "nothing is changed"
+        for _ in range(2):
+            assert run("cron", "--install") == (0, f"wucme runs every hour by cron: {table}\n"
+                                                f"to undo that: rm {table}\n")
+        command = f"root {sys.executable} {SCRIPT} --ini {tmp_path}/w.ini\n"
+        assert re.fullmatch(rf"#.*\n[1-9]\d? \* \* \* \* {re.escape(command)}", table.read_text())
+        assert (os.listdir(tmp_path / "cron.d"), called.exists()) == (["wucme"], False)
+        status, said = run("systemd", "--install")
+        assert (status, called.read_text()) == (0, "daemon-reload\nenable --now wucme.timer\n")
+        assert "to undo that: systemctl disable --now wucme.timer; rm " in said
+        assert not table.exists()
+        written = {path.name: path.read_text() for path in (tmp_path / "units").iterdir()}
+        assert sorted(written) == ["wucme.service", "wucme.timer"]
+        assert all(text.partition("\n")[2].rstrip() in shown for text in written.values()), "as was shown"
+        assert run("cron", "--install")[0] == 0
+        assert called.read_text().splitlines()[2:] == ["disable --now wucme.timer"]
+        for setting in ("OnCalendar=hourly", "RandomizedDelaySec=", "Persistent=true"):
+            assert setting in written["wucme.timer"]
+
+    def test_crontab_of_a_user_keeps_its_other_lines(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        table = tmp_path / "table"
+        for before, kept in (("", ""), ("# mine\n5 * * * * a %b\n", "# mine\n5 * * * * a %b\n")):
+            table.write_text(before) if before else table.unlink(missing_ok=True)
+            for _ in range(2):
+                assert run("cron", "--install", root=False)[0] == 0
+            lines = table.read_text()
+            assert lines.startswith(kept)
+            assert re.fullmatch(rf"\d+ \* \* \* \* \S+ {re.escape(str(SCRIPT))} --ini \S+\n", lines[len(kept):])
+        assert run("systemd", root=False)[0] == 2
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="the tables of the system are for root")
+    @pytest.mark.parametrize("place", ["cron.d/other", "table"])
+    def test_never_twice(self, tmp_path: Path, place: str) -> None:
+        run = self.installer(tmp_path)
+        (tmp_path / place).write_text(f"#{SCRIPT}\n")
+        assert run("cron", "--install")[0] == 0
+        (tmp_path / place).write_text(f"23 */6 * * * root {SCRIPT}\n")
+        for form in ("cron", "systemd"):
+            status, said = run(form, "--install")
+            assert (status, "has wucme run already; take that out, then try again" in said) == (1, True)
+
+    @pytest.mark.parametrize("words", [("hourly",), ("cron", "systemd"), ("--load", "+nginx"), ("--backups", "9")])
+    def test_what_it_does_not_take(self, tmp_path: Path, words: tuple[str, ...]) -> None:
+        status, said = self.installer(tmp_path)(*words)
+        assert (status, "timer takes systemd or cron, and settings from the ini alone" in said) == (2, True)
+
+
 @pytest.mark.process
 class TestOddPlaces:
     """Disks, names, limits and surroundings that are not as they should be."""
@@ -7009,7 +7395,7 @@ class TestOddPlaces:
         lab.write("$ test -f \"$WUCME_CERT\"")
         fake.failing_names.add("n5.example.test")
         done = lab.run()
-        assert done.lines[-1] == "20 files, 9 certs, 8 renewed, 1 failed", "a newline is none of ours"
+        assert done.lines[-1] == "20 files, 10 certs, 9 renewed, 1 failed"
         assert not list(tmp_path.rglob("pwned"))
         assert all(line.isprintable() for line in done.err.splitlines())
         assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in done.err.splitlines())
@@ -7028,6 +7414,70 @@ class TestOddPlaces:
         assert lab.run().status == 0
         assert (tmp_path / "loads").read_text() == "x\n"
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked to trust")
+    def test_what_others_than_root_may_change_is_one_warning(self, fake: fakeca.FakeCA, lab: Host,
+                                                             tmp_path: Path) -> None:
+        lab.old_pair("a.example.test", days=80)
+        procedure, hook = tmp_path / "procedure", tmp_path / "hook"
+        for path in (procedure, hook):
+            path.write_text("#!/bin/sh\n")
+            path.chmod(0o755)
+        lab.write(f"@{procedure}", renew="never", hook=f"uacme:{hook}")
+        assert "trusts" not in lab.run().err
+        lab.ini.chmod(0o664)
+        procedure.chmod(0o775)
+        os.chown(hook, 12345, 0)
+        os.chown(lab.key(), 12346, 0)
+        os.chown(lab.directory, 0, 12347)
+        lab.directory.chmod(0o775)
+        done = lab.run()
+        assert (done.status, done.err.count("others than root may change what root trusts")) == (0, 1)
+        line = next(line for line in done.lines if "trusts" in line)
+        assert [path for path in (lab.ini, procedure, hook, lab.key(), lab.directory) if f"{path} (" not in line] == []
+        assert [f"(it belongs to user {number})" in line for number in (12345, 12346)] == [True, True]
+        assert lab.run() == Done(0, "", ""), "it is told once"
+        log = (lab.directory / "wucme.log").read_text()
+        assert log.count("others than root") == 2, "but logged by each run"
+        procedure.chmod(0o755)
+        assert f"{procedure} (" not in lab.run().err
+        for path in (lab.directory, tmp_path):
+            path.chmod(0o777)
+            done = lab.run()
+            assert (done.status, len(done.lines)) == (2, 1)
+            assert done.lines[0].endswith(f" and root trusts it; chmod o-w {path}")
+            path.chmod(0o755)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_key_of_somebody_else_is_said(self, lab: Host) -> None:
+        need(as_nobody(sys.executable, "-c", ""))
+        with tempfile.TemporaryDirectory() as name:
+            home = Path(name)
+            home.chmod(0o755)
+            script, directory = str(shutil.copy(SCRIPT, home)), home / "certificates"
+            shutil.copytree(lab.directory, directory)
+            fakeca.make_pair(directory, "a.example.test", ["a.example.test"], datetime.now(timezone.utc) - timedelta(1),
+                             datetime.now(timezone.utc) + timedelta(80))
+            os.chown(directory, NOBODY, NOBODY)
+            done = subprocess.run(as_nobody(sys.executable, script, "--directory", str(directory)), cwd=home, text=True,
+                                  env={**lab.environment, "HOME": name}, capture_output=True, check=False)
+            key = directory / "wucme_k_a.example.test.pem"
+            assert f"{key}: Permission denied: it belongs to user 0, and this runs as user {NOBODY}\n" in done.stderr
+            assert done.returncode == 1
+
+    def test_run_that_takes_too_long_leaves_the_rest_to_the_next_but_loads(self, fake: fakeca.FakeCA, lab: Host,
+                                                                           tmp_path: Path) -> None:
+        lab.old_pair("a.example.test")
+        lab.write(f"$ echo x >> {tmp_path}/loads")
+        command = lab.command()
+        command[3:4] = ["-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import wucme\n"
+                        "wucme.DEADLINES = 0; sys.exit(wucme.main())"]
+        done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
+        assert "a.example.test: failed: not begun, for this run has taken too long already; the next one does it\n" \
+            in done.stderr
+        assert (done.returncode, orders(fake), (tmp_path / "loads").read_text()) == (1, 0, "x\n")
+        assert lab.run().status == 0
+        assert (orders(fake), (tmp_path / "loads").read_text()) == (1, "x\nx\n")
+
     def test_output_that_nobody_takes_stops_no_renewal(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for redirection in (">&- 2>&- <&-", ">/dev/full 2>/dev/full", "2>&1 | true"):
             before = lab.old_pair("a.example.test")
@@ -7044,15 +7494,19 @@ class TestOddPlaces:
         assert done.returncode == 0, done.stderr
         assert "PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin\n" in (tmp_path / "told").read_text()
 
-    def test_names_and_renames_reach_the_disk_in_order(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("tracer", ["strace", "python"])
+    def test_names_and_renames_reach_the_disk_in_order(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path,
+                                                       tracer: str) -> None:
         lab.old_pair("a.example.test")
-        trace = tmp_path / "trace"
-        calls = "trace=fsync,rename,renameat,renameat2,write,pwrite64"
-        strace = [testbed.program("strace"), "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", calls]
-        done = subprocess.run([*strace, *lab.command("--rotate")], env=lab.environment, capture_output=True, text=True,
-                              check=False, timeout=90)
-        if "ptrace" in done.stderr:
-            pytest.skip("strace may not trace here")
+        trace, command = tmp_path / "trace", lab.command("--rotate")
+        if tracer == "strace":
+            calls = "trace=fsync,rename,renameat,renameat2,write,pwrite64"
+            strace = [testbed.program("strace"), "-f", "-qq", "-y", "-s", "0", "-o", str(trace), "-e", calls]
+            need([*strace, "true"])
+            command = [*strace, *command]
+        else:
+            command[3:4] = ["-c", RECORDER, str(trace), str(SCRIPT)]
+        done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False, timeout=90)
         assert done.returncode == 0, done.stderr
         flushed, renamed, waiting = set(), 0, False
         for line in trace.read_text().splitlines():
@@ -7089,3 +7543,469 @@ def test_children_are_told_no_secret(tmp_path: Path) -> None:
     lab.said += lab.key().read_text()
     assert told_secrets(lab), "or this test could not see one"
     lab.said = ""
+
+
+# --- as uacme: the same calls, by uacme itself and by wucme.py --uacme, side by side ------------
+
+class Twin(NamedTuple):
+    """One of two programs that are called alike: how, where, and what its hook noted."""
+    command: list[str]
+    home: Path
+    environment: dict[str, str]
+
+    def run(self, arguments: Sequence[object], **environment: str) -> Done:
+        """Run it in its home, with its own directory for {home}."""
+        words = [str(word).replace("{home}", str(self.home)) for word in arguments]
+        done = subprocess.run([*self.command, *words], env={**self.environment, **environment}, cwd=self.home,
+                              check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+        assert b"Traceback" not in done.stderr, done.stderr
+        return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def files(self) -> dict[str, str]:
+        """Modes by path of all that is in its directory, and of what is beside its requests; the time taken away."""
+        found = [*(self.home / "conf").rglob("*"), *self.home.glob("*.pem")] + [self.home / "conf"]
+        return {re.sub(r"-1\d{9}(?=\.pem)", "-EPOCH", str(path.relative_to(self.home))): oct(mode(path))
+                for path in found if path.exists()}
+
+    def calls(self) -> list[str]:
+        """The calls of its hook in their order, but of declined ones, since a CA may offer in any order."""
+        calls = [re.sub(r"[\w-]{43}", "X", call) for call in arguments(self.home / "hook")]
+        return [call for call in calls if "http-01" in call or "wild" in call]
+
+    def certificate(self, name: str = "a.example.test") -> wucme.Facts:
+        """What its live certificate says, whose key must fit."""
+        about = wucme.facts((self.home / "conf" / name / "cert.pem").read_bytes())
+        key = wucme.parse_key((self.home / "conf/private" / name / "key.pem").read_bytes())
+        assert about.key == wucme.key_hash(key.public_key())
+        return about
+
+
+def our_twin(home: Path, url: str, ca_file: Path, *options: str) -> Twin:
+    """wucme.py as uacme, with a directory of its own in a home of its own."""
+    home.mkdir()
+    command = [sys.executable, "-W", "error", str(SCRIPT), "--uacme", "-a", url, "-c", f"{home}/conf", *options]
+    return Twin(command, home, {"PATH": os.environ["PATH"], "HOME": str(home), "UACME_CAINFO": str(ca_file),
+                                "PYTHONDONTWRITEBYTECODE": "1", "no_proxy": "localhost"})
+
+
+@pytest.fixture(scope="module")
+def pebble24(tmp_path_factory: pytest.TempPathFactory) -> Iterator[testbed.Pebble]:
+    """A test CA that is old enough for the uacme of Debian, and believes whatever a hook has accepted."""
+    directory = tmp_path_factory.mktemp("pebble24")
+    with testbed.Pebble(directory, binaries=testbed.setup("pebble24"), always_valid=True) as ca:
+        yield ca
+
+
+class Twins(NamedTuple):
+    """uacme and wucme.py as uacme, each with a directory and an account of its own at one CA."""
+    theirs: Twin
+    ours: Twin
+
+    def both(self, *arguments: object, status: int) -> None:
+        """Run both alike, which must end with this status and leave the same behind."""
+        ends = [twin.run(arguments) for twin in self]
+        assert [end.status for end in ends] == [status, status], ends
+        assert self.theirs.files() == self.ours.files()
+        calls = [twin.calls() for twin in self]
+        assert sorted(calls[0]) == sorted(calls[1])
+        for one, after in zip(*[iter(calls[1])] * 2):     # a name is done with before the next is begun
+            assert one.split()[1:] == after.split()[1:], calls
+
+
+HTTP_ONLY = '[ "$1" != begin ] || [ "$2" = http-01 ]\n'
+
+
+@pytest.fixture
+def twins(pebble24: testbed.Pebble, tmp_path: Path) -> Twins:
+    """Both programs, with hooks that take nothing but http-01."""
+    ours = our_twin(tmp_path / "ours", pebble24.directory_url, pebble24.ca_file)
+    home = tmp_path / "theirs"
+    home.mkdir()
+    binary, environment = testbed.uacme_trusting(home, pebble24.ca_file)
+    theirs = Twin([binary, *(word.replace("/ours/", "/theirs/") for word in ours.command[5:])], home,
+                  {**ours.environment, "HOME": str(home), **environment})
+    for twin in (theirs, ours):
+        recorder(twin.home, HTTP_ONLY)
+    return Twins(theirs, ours)
+
+
+BAD_CALLS = ["", "-V", "-?", "--help", "--version", "what", "-x issue a.b", "issue", "new a b", "deactivate now",
+             "newkey now", "revoke", "revoke a b c", "revoke nowhere.pem", "-b 100 -y new", "-b 2049 -y new",
+             "-t EC -b 521 -y new", "-t DSA new", "-d 0 issue a.b", "-d x issue a.b", "-r -1 revoke a", "-r x revoke a",
+             "-s new", "-e nocolon -y new", "-h nowhere issue a.b", "-l 0 issue a.b", "-l A issue a.b",
+             "-l AA issue a.b", "issue a.b", "update", "-n new", "issue a..b",
+             "issue *", "issue a/../b.c", "issue a.*.b"]
+
+
+@pytest.mark.process
+@pytest.mark.pebble
+@pytest.mark.servers
+class TestLikeUacme:
+    """What uacme does and what wucme.py --uacme does: exit status, files, their modes, the calls of the hook."""
+
+    def test_calls_that_it_refuses(self, twins: Twins) -> None:
+        for call in BAD_CALLS:
+            twins.both(*call.split(), status=2)
+        assert twins.ours.files() == {}
+
+    def test_accounts(self, twins: Twins, pebble24: testbed.Pebble) -> None:
+        twins.both("new", status=2)
+        twins.both("-y", "new", "-n", status=2)
+        twins.both("new", "-yv", "x@example.org", status=0)
+        twins.both("--yes", "new", status=2)
+        twins.both("update", "y@example.org", status=0)
+        twins.both("update", status=0)
+        twins.both("-n", "newkey", status=2)
+        twins.both("newkey", "-t", "ec", "--bits=384", status=0)
+        kinds = [wucme.key_kind(wucme.parse_key((twin.home / "conf/private/key.pem").read_bytes()).public_key())
+                 for twin in twins]
+        assert kinds == ["ecdsa-p384", "ecdsa-p384"]
+        twins.both("deactivate", status=0)
+        twins.both("update", "z@example.org", status=2)
+
+    def test_certificates(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        names = "a.example.test", "b.example.test"
+        twins.both("-n", "-h", "{home}/hook", "issue", *names, status=2)
+        twins.both("issue", *names, status=2)
+        twins.both("-h", "{home}/hook", "issue", *names, status=0)
+        first = [twin.certificate() for twin in twins]
+        assert [set(one.names) for one in first] == [set(names)] * 2
+        assert [one.kind for one in first] == ["rsa-2048"] * 2
+        twins.both("issue", "--ho={home}/hook", *names, status=1)
+        twins.both("issue", "-v", "a.example.test", status=1)
+        twins.both("-h", "{home}/hook", "issue", "b.example.test", "-t", "EC", status=0)
+        assert [twin.certificate("b.example.test").kind for twin in twins] == ["ecdsa-p256"] * 2
+        twins.both("-h", "{home}/hook", "issue", *names, "c.example.test", status=0)
+        twins.both("--force", "-n", "-h", "{home}/hook", "issue", *names, status=0)
+        twins.both("-d", "91", "-h", "{home}/hook", "issue", *names, status=0)
+        twins.both("-d", "80", "-h", "{home}/hook", "issue", *names, status=1)
+        assert all(twin.certificate() != before for twin, before in zip(twins, first))
+
+    def test_wildcards_addresses_and_declined_types(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        twins.both("-h", "{home}/hook", "issue", "*.wild.test", status=2)
+        for twin in twins:
+            recorder(twin.home, '[ "$1" != begin ] || [ "$2" = dns-01 ]\n')
+        twins.both("-h", "{home}/hook", "issue", "*.wild.test", "wild.test", status=0)
+        assert "begin dns-01 wild.test X X" in [call.rsplit(" ", 1)[0] for call in twins.ours.calls()]
+        twins.both("-h", "{home}/hook", "issue", "127.0.0.1", status=2)
+        for twin in twins:
+            recorder(twin.home, "[ $1 = begin ] && kill -9 $$; true\n")
+        twins.both("-h", "{home}/hook", "issue", "killed.test", status=2)
+
+    def test_signing_requests(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        request = x509.CertificateSigningRequestBuilder().subject_name(
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "c.example.test")]))
+        request = request.add_extension(x509.SubjectAlternativeName([x509.DNSName("d.example.test")]), False)
+        pem = request.sign(KEY, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        for twin in twins:
+            (twin.home / "r.1.csr").write_bytes(pem)
+            (twin.home / "junk.csr").write_bytes(b"junk")
+        twins.both("-h", "{home}/hook", "issue", "junk.csr", status=2)
+        twins.both("-h", "{home}/hook", "issue", "r.1.csr", "e.example.test", status=2)
+        twins.both("-h", "{home}/hook", "issue", "r.1.csr", status=0)
+        twins.both("-h", "{home}/hook", "issue", "r.1.csr", status=1)
+        twins.both("-h", "{home}/hook", "issue", "{home}/r.1.csr", "-f", status=0)
+        found = wucme.facts((twins.ours.home / "r.1-cert.pem").read_bytes())
+        assert (found.key, set(found.names)) == (wucme.key_hash(KEY.public_key()), {"c.example.test", "d.example.test"})
+
+    def test_revocations(self, twins: Twins) -> None:
+        twins.both("-y", "new", status=0)
+        cert, key = "{home}/conf/a.example.test/cert.pem", "{home}/conf/private/a.example.test/key.pem"
+        for extra in ([], ["-r", "1"], [key]):
+            twins.both("-h", "{home}/hook", "issue", "a.example.test", status=0)
+            twins.both("revoke", cert, *extra, status=0)
+            time.sleep(1.1)     # or the next takes the same name for what it puts aside
+        twins.both("revoke", key, status=2)
+        twins.both("revoke", cert, status=2)
+
+    def test_either_goes_on_with_what_the_other_made(self, twins: Twins) -> None:
+        twins.both("-y", "new", "-t", "EC", status=0)
+        for first, then in (twins, twins[::-1]):
+            name = f"{first.home.name}.example.test"
+            issue = ["-h", "{home}/hook", "issue", name]
+            assert first.run(issue).status == 0
+            crossed = Twin([word.replace(str(then.home), str(first.home)) for word in then.command], then.home,
+                           then.environment)
+            assert crossed.run(issue).status == 1
+            assert crossed.run(["-f", *issue]).status == 0, "with its account, its keys and its directory"
+            first.certificate(name)
+            assert first.run(["-f", *issue]).status == 0
+
+
+@pytest.fixture
+def alike(fake: fakeca.FakeCA, tmp_path: Path) -> Twin:
+    """wucme.py as uacme with an account at a CA that can be told to misbehave."""
+    twin = our_twin(tmp_path / "alike", fake.url, fake.ca_file)
+    recorder(twin.home, HTTP_ONLY)
+    fake.always_valid = True
+    assert twin.run(["-y", "new"]).status == 0
+    return twin
+
+
+ISSUE = ["-h", "{home}/hook", "issue", "a.example.test"]
+
+
+@pytest.mark.process
+class TestAsUacme:
+    """What only uacme 1.8 does, and what is done better than there."""
+
+    def test_check_says_whether_it_is_due(self, alike: Twin) -> None:
+        assert alike.run(["check", "a.example.test"]).status == 2, "there is no key yet"
+        assert alike.run(ISSUE).status == 0
+        before = alike.files()
+        assert alike.run(["check", "a.example.test"]).status == 1
+        assert alike.run(["-i", "-d", "365", "check", "a.example.test"]).status == 0
+        assert alike.run(["check", "a.example.test", "b.example.test"]).status == 0
+        assert alike.run(["check", "-f", "a.example.test"]).status == 0
+        assert alike.files() == before
+
+    @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Tokyo"])
+    def test_window_of_the_ca_counts_in_utc_and_alone(self, fake: fakeca.FakeCA, alike: Twin, zone: str) -> None:
+        assert alike.run(ISSUE).status == 0
+        old, now = alike.certificate(), datetime.now(timezone.utc)
+        fake.window = now + timedelta(hours=2), now + timedelta(hours=3)
+        assert alike.run([*ISSUE, "-d", "365"], TZ=zone).status == 1
+        fake.window = now - timedelta(hours=3), now - timedelta(hours=2)
+        assert alike.run(["-i", "check", "a.example.test"], TZ=zone).status == 1
+        assert alike.run(ISSUE, TZ=zone).status == 0
+        payload = [payload for _, path, payload in fake.requests if path == "/new-order"][-1]
+        assert payload["replaces"] == old.ari
+
+    def test_a_new_key_comes_with_each_certificate_or_not_at_all(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        assert alike.run(["-k", "-t", "EC", *ISSUE]).status == 0
+        old, before = alike.certificate(), alike.files()
+        assert "conf/private/a.example.test/key-EPOCH.pem" not in before
+        assert alike.run(["-k", "-n", *ISSUE]).status == 2
+        fake.failing_names.add("a.example.test")
+        assert alike.run(["-f", "-k", *ISSUE]).status == 2
+        assert arguments(alike.home / "hook")[-1].startswith("failed http-01 a.example.test ")
+        assert (alike.certificate(), alike.files()) == (old, before)
+        fake.failing_names.clear()
+        assert alike.run(["-f", "-k", "-t", "EC", *ISSUE]).status == 0
+        assert alike.certificate().key != old.key
+        assert alike.files() == {**before, "conf/private/a.example.test/key-EPOCH.pem": "0o400",
+                                 "conf/a.example.test/cert-EPOCH.pem": "0o444"}
+
+    def test_a_certificate_that_does_not_fit_is_not_put_there(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        assert alike.run(ISSUE).status == 0
+        old, before = alike.certificate(), alike.files()
+        fake.misbehave("cert_other_key")
+        assert alike.run(["-f", *ISSUE]).status == 2
+        assert (alike.certificate(), alike.files()) == (old, before)
+
+    def test_modes_that_were_changed_stay(self, alike: Twin) -> None:
+        assert alike.run(ISSUE).status == 0
+        (alike.home / "conf/private").chmod(0o750)
+        (alike.home / "conf/private/a.example.test/key.pem").chmod(0o440)
+        before = alike.files()
+        assert alike.run(["-f", "-k", *ISSUE]).status == 0
+        assert {path: mode for path, mode in alike.files().items() if path in before} == before
+
+    def test_a_lasting_record_is_offered_as_it_must_stand(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        recorder(alike.home, '[ "$1" != begin ] || [ "$2" = dns-persist-01 ]\n')
+        fake.records = lambda name: [noted(alike.home / "hook")[-1][0][4].strip('"')]
+        assert alike.run(["-h", "{home}/hook", "issue", "*.a.example.test"]).status == 0
+        calls = [call for call, _ in noted(alike.home / "hook") if call[1] == "dns-persist-01"]
+        account = next(iter(fake.accounts.values())).url
+        text = f'"fakeca.example; accounturi={account}; policy=wildcard"'
+        assert calls == [[verb, "dns-persist-01", "a.example.test", "fakeca.example", text]
+                         for verb in ("begin", "done")]
+        assert not [call for call, _ in noted(alike.home / "hook") if call[1] == "unheard-of-01"]
+
+    def test_rate_limits_are_told_with_their_end(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        fake.misbehave("rate_limited")
+        fake.retry_after = "3600"
+        done = alike.run(ISSUE)
+        assert done.status == 2
+        assert "rateLimited: too many certificates" in done.err
+        assert sum(path == "/new-order" for _, path, _ in fake.requests) == 1
+
+    @pytest.mark.parametrize("bits", ["", ":256", ":384", ":512"])
+    def test_accounts_bound_to_others(self, tmp_path: Path, bits: str) -> None:
+        mac = "zWNDZM6eQGHWpSRTPal5eIUYFTu7EajVIoguysqZ9wG44nMEtx3MUAsUDkMTQ12W"
+        with fakeca.FakeCA(tmp_path, eab={"kid-1": mac}) as fake:
+            twin = our_twin(tmp_path / "home", fake.url, fake.ca_file)
+            assert twin.run(["-y", "-e", f"kid-2:{mac}{bits}", "new"]).status == 2
+            assert twin.run(["-y", "-e", f"kid-1:{mac}{bits}", "new"]).status == 0
+            binding = next(payload for _, path, payload in fake.requests[::-1]
+                           if path == "/new-account" and "externalAccountBinding" in payload)["externalAccountBinding"]
+        header = json.loads(fakeca.unb64(binding["protected"]))
+        assert (header["alg"], header["kid"]) == (f"HS{bits[1:] or 256}", "kid-1")
+
+    def test_profiles_and_staples(self, tmp_path: Path) -> None:
+        with fakeca.FakeCA(tmp_path, profiles={"shortlived": "six days"}) as fake:
+            fake.always_valid = True
+            twin = our_twin(tmp_path / "home", fake.url, fake.ca_file)
+            recorder(twin.home)
+            assert twin.run(["-y", "new"]).status == 0
+            done = twin.run(["-p", "long", *ISSUE])
+            assert (done.status, "shortlived" in done.err) == (2, True)
+            assert twin.run(["-m", "-p", "shortlived", *ISSUE]).status == 0
+            csr = next(payload["csr"] for _, path, payload in fake.requests[::-1] if path.startswith("/finalize/"))
+            assert [payload["profile"] for _, path, payload in fake.requests if path == "/new-order"] == ["shortlived"]
+        found = wucme.extension(x509.load_der_x509_csr(fakeca.unb64(csr)), x509.TLSFeature)
+        assert found is not None
+        assert list(found) == [x509.TLSFeatureType.status_request]
+
+    def test_what_a_hook_says_is_passed_on(self, alike: Twin) -> None:
+        recorder(alike.home, "echo heard; pwd; umask\n" + HTTP_ONLY)
+        done = alike.run(ISSUE)
+        assert done.status == 0
+        assert f"heard\n{alike.home}\n" in done.err
+        assert re.sub(r"(?m)^(heard|/.*|00\d\d)\n", "", done.err) == "", "and nothing else without -v"
+        assert {told["UACME_CONFDIR"] for _, told in noted(alike.home / "hook")} == {f"{alike.home}/conf"}
+        assert noted(alike.home / "hook")[0][1]["UACME_VERBOSE"] == "0"
+        assert "heard" in alike.run(["-vvf", *ISSUE]).err
+        assert noted(alike.home / "hook")[-1][1]["UACME_VERBOSE"] == "2"
+
+    @pytest.mark.parametrize(("answer", "status"), [(b"y\n", "successful"), (b"n\n" * 9, "no challenge was taken up")])
+    def test_without_a_hook_it_asks(self, alike: Twin, lab: Host, answer: bytes, status: str) -> None:
+        command = [*alike.command, "-v", "issue", "a.example.test"]
+        lab.environment.update(alike.environment)
+        said = at_terminal(command, lab, {b"[y/N] ": answer})
+        assert re.search(r"challenge=[a-z]+-01 ident=a.example.test token=[\w-]+ key_auth=[\w-]+", said)
+        if answer == b"y\n":
+            alike.certificate()
+
+    def test_its_proxy_and_directory_of_cas(self, fake: fakeca.FakeCA, alike: Twin, tmp_path: Path) -> None:
+        port = fake.server.server_port
+        openssl = [testbed.program("openssl"), "x509", "-noout", "-hash", "-in", str(fake.ca_file)]
+        (tmp_path / "cas").mkdir()
+        name = subprocess.check_output(openssl, text=True).strip()
+        (tmp_path / "cas" / f"{name}.0").symlink_to(fake.ca_file)
+        more = {"UACME_CAINFO": "", "no_proxy": ""}
+        assert alike.run(["update"], **more).status == 2
+        proxy = Proxy(port)
+        with Loopback(proxy) as where:
+            done = alike.run(["update"], **more, UACME_CAPATH=str(tmp_path / "cas"),
+                             UACME_PROXY=f"http://user:pw@127.0.0.1:{where.port}")
+        assert done.status == 0, done.err
+        assert f"CONNECT localhost:{port} " in proxy.heads[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("UACME_PROXY", "proxy.example")
+            assert wucme.texts_of({})["proxy"] == "proxy.example:1080"
+
+    @pytest.mark.pebble
+    @pytest.mark.servers
+    def test_its_own_hook_for_a_web_root(self, pebble: testbed.Pebble, tmp_path: Path) -> None:
+        twin, hook = our_twin(tmp_path / "h", pebble.directory_url, pebble.ca_file), testbed.setup("uacme") / "uacme.sh"
+        twin.run(["-y", "new"])
+        with Documents(pebble.http_port, lambda path: content(tmp_path / path.rpartition("/")[2])):
+            done = twin.run(["-h", hook, "issue", "a.example.test", "b.example.test"],
+                            UACME_CHALLENGE_PATH=str(tmp_path))
+        assert done.status == 0, done.err
+        assert twin.certificate().names == ("a.example.test", "b.example.test")
+        assert not [path for path in tmp_path.iterdir() if len(path.name) == 43], "its tokens are gone"
+
+    @pytest.mark.pebble
+    @pytest.mark.servers
+    def test_its_own_hook_for_the_dns(self, bind: testbed.Bind, pebble_of_bind: testbed.Pebble, tmp_path: Path) -> None:
+        hook, ca = testbed.setup("uacme") / "nsupdate.sh", pebble_of_bind
+        twin = our_twin(tmp_path / "h", ca.directory_url, ca.ca_file)
+        twin.run(["-y", "new"])
+        (tmp_path / "sleep").write_text("#!/bin/sh\nexec /bin/sleep 0.1\n")
+        (tmp_path / "sleep").chmod(0o755)       # or each call takes five seconds
+        done = twin.run(["-h", hook, "issue", "*.u3.example.test"], PATH=f"{tmp_path}:{bind.path}")
+        assert done.status == 0, done.err
+        assert bind.ask("_acme-challenge.u3.example.test") == []
+
+    @pytest.mark.pebble
+    def test_the_chain_of_its_choice(self, tmp_path: Path) -> None:
+        with testbed.Pebble(tmp_path / "ca", binaries=testbed.pebble_binaries(), always_valid=True,
+                            alternate_roots=2) as ca:
+            twin = our_twin(tmp_path / "home", ca.directory_url, ca.ca_file)
+            recorder(twin.home)
+            twin.run(["-y", "new"])
+            issuers = []
+            for options in (["-t", "EC"], ["-l", "1"], ["-l", "2"], ["-l", "9"]):
+                assert twin.run(["-f", *options, *ISSUE]).status == 0
+                issuers.append(twin.certificate().issuer)
+            chain = twin.home / "conf/a.example.test/cert.pem"
+            wanted = wucme.parse_certificate(wucme.certificates(chain.read_bytes())[-1]).fingerprint(hashes.SHA256())
+            assert twin.run(["-f", "-l", wanted[:4].hex(":"), *ISSUE]).status == 0
+            issuers.append(twin.certificate().issuer)
+        assert len(set(issuers)) == 3
+        assert issuers[0] == issuers[3] == issuers[4]
+
+
+@pytest.mark.process
+@pytest.mark.skipif(Path(wucme.UACME_DIRECTORY).exists(), reason="this machine has a directory of uacme's")
+class TestAsUacmeInAFlatDirectory:
+    """The command of wuCME's own log, in a directory of its kind."""
+
+    def run(self, lab: Host, *arguments: object) -> Done:
+        """Run it in the directory, as that program runs itself."""
+        done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), "--uacme", *map(str, arguments)],
+                              env={**lab.environment, "WUCME_INI": str(lab.ini)}, cwd=lab.directory, check=False,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
+        assert "Traceback" not in done.stderr
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def test_does_what_the_log_of_wucme_shows(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:
+        lab.write(f"$ touch {tmp_path}/loaded", renew="30d")
+        assert lab.run("account", "new").status == 0
+        fakeca.make_pair(lab.directory, "X86VMS_DOMAIN_NET", ["x86vms.domain.net"], datetime.now(timezone.utc)
+                         - timedelta(62), datetime.now(timezone.utc) + timedelta(28.9))
+        chain, key = (lab.directory / f"wucme_{kind}_X86VMS_DOMAIN_NET.pem" for kind in "ck")
+        old, old_key = chain.read_bytes(), key.read_bytes()
+        fake.http_host = "127.0.0.1"
+        assert self.run(lab, "check", "x86vms.domain.net").status == 0
+        done = self.run(lab, "--verbose", "issue", "x86vms.domain.net")
+        assert done.status == 0, done.err
+        said = ["expires: 28 renew: -1", "loading key from ", "fetching directory at", "account location: ",
+                "creating new order for x86vms.domain.net", "order URL: ", "retrieving authorization at",
+                "starting challenge at", "polling order status at", "finalizing order at", "retrieving certificate at",
+                f"saving certificate to {chain}_tmp", f"reading private key {key}", f"backed up {chain} as {chain}_20",
+                f"renaming {chain}_tmp to {chain}", "wuCME successful x86vms.domain.net renewal"]
+        for text in said:
+            assert text in done.err, text
+        assert chain.read_bytes() != old
+        assert key.read_bytes() == old_key
+        assert not (tmp_path / "loaded").exists(), "its manager does that"
+        assert self.run(lab, "--verbose", "issue", "x86vms.domain.net").status == 1
+        assert self.run(lab, "check", "x86vms.domain.net").status == 1
+        lab.run()
+        assert (tmp_path / "loaded").exists()
+
+    def test_verbs_are_those_of_the_directory(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("account", "new")
+        assert self.run(lab, "update", "x@example.org").status == 0
+        assert next(iter(fake.accounts.values())).contact == ["mailto:x@example.org"]
+        assert self.run(lab, "issue", "a.example.test").status == 0
+        fake.failing_names.add("b.example.test")
+        assert self.run(lab, "issue", "b.example.test").status == 2
+        assert self.run(lab, "-r", "4", "revoke", lab.chain()).status == 0
+        assert fake.revoked
+        assert self.run(lab, "-r", "99", "revoke", lab.chain()).status == 2
+        assert self.run(lab, "newkey").status == 0
+        assert self.run(lab, "deactivate").status == 0
+
+
+class TestUacmeOptions:
+    @pytest.mark.parametrize(("words", "texts"), [
+        ("-a https://ca/dir", {"server": "https://ca/dir"}), ("--staging", {"server": "letsencrypt-staging"}),
+        ("-e k:abc", {"eab_kid": "k", "eab_hmac": "abc", "eab_alg": "HS256"}),
+        ("--eab=k:abc:512", {"eab_kid": "k", "eab_hmac": "abc", "eab_alg": "HS512"}),
+        ("-d 7", {"renew": "7d"}), ("-kl 2", {"rotate": "yes", "chain": "2"}),
+        ("-yp short", {"agree": "yes", "profile": "short"}),
+        ("--must-staple --no-ocsp -i", {"must_staple": "yes"}), ("-f -n -v -r 3 -b 3072 -t rsa -c /x", {}),
+    ])
+    def test_options_become_settings(self, monkeypatch: pytest.MonkeyPatch, words: str, texts: dict[str, str]) -> None:
+        for name in ("CAINFO", "CAPATH", "PROXY"):
+            monkeypatch.delenv(f"UACME_{name}", raising=False)
+        _, given, _ = wucme.read_call(["issue", *words.split(), "a.b"])
+        assert wucme.texts_of(given) == texts
+        wucme.read_settings(wucme.NOWHERE, texts)
+
+    @pytest.mark.parametrize("words", ["-s -a https://ca/dir", "-k -n", "-e a:b:128", "-d 0", "-l A", "-r x", "-t DSA"])
+    def test_what_cannot_be_is_refused(self, words: str) -> None:
+        with pytest.raises(wucme.SettingsError):
+            wucme.read_call(["issue", *words.split(), "a.b"])
+
+    @pytest.mark.parametrize(("given", "kind"), [({}, "rsa-2048"), ({"t": "EC"}, "ecdsa-p256"),
+                                                 ({"b": "8192"}, "rsa-8192"), ({"t": "ec", "b": "384"}, "ecdsa-p384")])
+    def test_kinds_of_keys(self, given: dict[str, str], kind: str) -> None:
+        assert wucme.key_asked(given) == kind

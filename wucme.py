@@ -15,6 +15,8 @@ SYNOPSIS
   wucme.py check [NAME...]            what would go wrong, before an order is spent: addresses, port 80,
                                       redirects, CAA, clock, CA; publishes a token for a moment
   wucme.py revoke NAME|FILE [--reason keyCompromise|superseded|cessationOfOperation|...]
+  wucme.py timer [systemd|cron] [--install]
+                                      what has it run every hour; --install puts it in place
   wucme.py account new|show|update|newkey|deactivate
                                       the account at the (first) CA; --server names another
   wucme.py thumbprint                 print the account key's thumbprint, and what makes web servers
@@ -40,6 +42,7 @@ OPTIONS
   --staging      use Let's Encrypt's staging CA and DIRECTORY/staging; nothing is loaded
   --quiet        print errors only      --verbose  print each request too
   --json         with status: for machines
+  --install      with timer: put that in place of what is there
   --version      the version, and the SHA-256 of this file
   --help         this text
   and every setting below, with "-" for "_": --listen :8080; --load may be repeated.
@@ -96,13 +99,14 @@ SECURITY
   metrics say, contacts the CA (https only, always verified) and what ? names, and runs what the load
   list says. It listens on the challenge port only while an order runs, and answers there from memory.
   Keys are 0600 from the first byte, copies of them have their mode and owner from the first byte; an
-  ini, a script or a procedure that anyone may write is refused.
+  ini, a script, a procedure or a directory that anyone may write is refused, and one warning names
+  what a group or another user may change.
 
 READING ORDER
   The file reads upward: a section uses only what stands above it.
    1 errors      2 world      3 files       4 pem     5 settings   6 inventory   7 plan
    8 challenges  9 acme      10 store      11 load   12 report    13 run        14 diagnosis
-  16 command line
+  15 uacme      16 command line
 """
 from __future__ import annotations
 
@@ -110,6 +114,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import json
 import os
 import re
@@ -238,7 +243,7 @@ def sentence(error: BaseException) -> str:
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
-AT_ONCE = 8                     # requests for one certificate
+AT_ONCE = 10                    # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
 
 
@@ -249,7 +254,7 @@ class Log:
         self.clock: Callable[[], float] = time.time
         self.descriptor = -1
         self.live = False           # at a terminal: each line at once
-        self.loud = False           # verbose: details too
+        self.loud = 0               # verbose: details too
         self.quiet = False          # only what went wrong is printed
         self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
 
@@ -319,7 +324,9 @@ def tls_context(ca_file: str) -> Any:
     """A verifying TLS context whose sockets give up at their `until`."""
     import ssl
     try:
-        context = ssl.create_default_context(cafile=ca_file or None)
+        directory = os.path.isdir(ca_file)
+        context = ssl.create_default_context(cafile=None if directory else ca_file or None,
+                                             capath=ca_file if directory else None)
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
     context.sslsocket_class = timed(ssl.SSLSocket)
@@ -748,8 +755,8 @@ class Job(NamedTuple):
 
 
 def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
-         world: World) -> None:
-    """What a worker does: one job after the other, each ending in a value."""
+         world: World, until: float) -> None:
+    """What a worker does: one job after the other, each ending in a value; none is begun after `until`."""
     import queue
     while True:
         try:
@@ -758,13 +765,20 @@ def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started:
             return
         started[job.name] = world.monotonic()
         try:
+            if started[job.name] >= until:
+                raise NetworkError("not begun, for this run has taken too long already; the next one does it")
             results.put((job, job.act()))
         except BaseException as error:
             results.put((job, error))
 
 
-def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str, Any]]:
-    """The jobs as they end, so many at once, each with its result or error; none is waited for without end."""
+def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("inf")) -> Iterator[tuple[str, Any]]:
+    """The jobs as they end, so many at once, each with its result or error; none is waited for without end.
+
+    Those that could not be begun before `until`, on the monotonic clock, end with an error.
+    """
+    if not jobs:
+        return
     import queue
     import threading
     waiting: queue.Queue[Job] = queue.Queue()
@@ -773,7 +787,7 @@ def gather(jobs: Sequence[Job], width: int, world: World) -> Iterator[tuple[str,
     for job in jobs:
         waiting.put(job)
     for _ in range(min(width, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started, world), daemon=True).start()
+        threading.Thread(target=work, args=(waiting, results, started, world, until), daemon=True).start()
     left = {job.name: job for job in jobs}
     while left:
         try:
@@ -821,6 +835,22 @@ def reserved(label: str) -> bool:
     return label == "account" or label.startswith("account_")
 
 
+class Owner(NamedTuple):
+    """Mode and owner of a file."""
+    mode: int
+    uid: int
+    gid: int
+
+
+def owner(path: str, mode: int) -> Owner:
+    """Mode and owner that a new file in this place should have: the present one's, else `mode` and ours."""
+    try:
+        about = os.stat(path)
+        return Owner(stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid)
+    except OSError:
+        return Owner(mode, os.geteuid(), os.getegid())
+
+
 def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
@@ -831,11 +861,14 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
                 raise FileError(f"{path}: not a regular file")
             if about.st_size > cap:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
-            return os.read(descriptor, cap)
+            return os.read(descriptor, about.st_size or cap)
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise FileError(f"{path}: {error.strerror}") from error
+        uid, us = owner(path, 0).uid, os.geteuid()
+        whose = f": it belongs to user {uid}, and this runs as user {us}" if error.errno == errno.EACCES and uid != us \
+            else ""
+        raise FileError(f"{path}: {error.strerror}{whose}") from error
 
 
 def signature(path: str) -> str:
@@ -860,22 +893,6 @@ def write_all(descriptor: int, data: bytes) -> None:
     """Write every byte."""
     while data:
         data = data[os.write(descriptor, data):]
-
-
-class Owner(NamedTuple):
-    """Mode and owner of a file."""
-    mode: int
-    uid: int
-    gid: int
-
-
-def owner(path: str, mode: int) -> Owner:
-    """Mode and owner that a new file in this place should have: the present one's, else `mode` and ours."""
-    try:
-        about = os.stat(path)
-        return Owner(stat.S_IMODE(about.st_mode), about.st_uid, about.st_gid)
-    except OSError:
-        return Owner(mode, os.geteuid(), os.getegid())
 
 
 OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
@@ -941,6 +958,12 @@ def link(to: str, path: str, by: str) -> None:
     rename(by, path)
 
 
+def keep(path: str, target: str) -> None:
+    """Give the present content of a path a second name."""
+    remove(target)
+    os.link(path, target)
+
+
 def back_up(path: str, target: str) -> None:
     """Keep the present content of a path under another name: a second link, or (with a key in it) a private copy."""
     remove(target)
@@ -966,12 +989,33 @@ def secure_streams() -> None:
         setattr(sys, name, stream)
 
 
-def anyone_may_write(path: str) -> bool:
-    """Whether every user of the machine may change this file."""
-    try:
-        return bool(os.stat(path).st_mode & stat.S_IWOTH)
-    except OSError:
-        return False
+def lineage(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
+    """What decides what is found at a path: itself, whether a link or not, and (False) the directories on the way."""
+    for own in (os.path.abspath(path), os.path.realpath(path)):
+        at, below = own, ""
+        while at != below:
+            with contextlib.suppress(OSError):
+                yield at, os.lstat(at), at == own
+            at, below = os.path.dirname(at), at
+
+
+def anyone_may_write(path: str) -> str:
+    """Why root must not trust what is at a path: every user may change it, or put another in its place; "" if not."""
+    for at, about, own in lineage(path) if os.geteuid() == 0 else ():
+        barred = stat.S_ISLNK(about.st_mode) or (about.st_mode & stat.S_ISVTX and not own)     # sticky, as /tmp is
+        if about.st_mode & stat.S_IWOTH and not barred:
+            return f"{path}: anyone may write {'it' if at == path else at}, and root trusts it; chmod o-w {at}"
+    return ""
+
+
+def others_may_write(path: str) -> str:
+    """Which user or group may change what decides what is found at a path, in words; "" if only root and we may."""
+    for at, about, own in lineage(path):
+        if about.st_uid not in (0, os.geteuid()):
+            return f"{at} (it belongs to user {about.st_uid})"
+        if own and about.st_mode & stat.S_IWGRP and not stat.S_ISLNK(about.st_mode):
+            return f"{at} (group {about.st_gid} may write it)"
+    return ""
 
 
 def open_append(path: str) -> int:
@@ -987,7 +1031,7 @@ def open_append(path: str) -> int:
 def read_json(path: str) -> Json:
     """A state file; what is not there, torn, or foreign counts as empty."""
     try:
-        found = json.loads(read(path, 1 << 26))
+        found = json.loads(read(path, 1 << 26).decode())
     except (FileError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -1124,10 +1168,36 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
         raise PemError(f"not a certificate: {printable(str(error))[:100]}") from error
 
 
+CURVES = {"06082a8648ce3d030107": "SECP256R1", "06052b81040022": "SECP384R1", "06052b81040023": "SECP521R1"}
+
+
+def parse_odd_key(pem: bytes) -> PrivateKey:
+    """An EC key whose number is longer or shorter than RFC 5915 asks, as GnuTLS writes it; ValueError for others."""
+    import base64
+    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+    at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
+    curve = next((name for oid, name in CURVES.items() if bytes.fromhex(oid) in der), "")
+    number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
+    if not curve:
+        raise ValueError("not an EC key")
+    return ec.derive_private_key(number, getattr(ec, curve)())
+
+
+def load_key(pem: bytes) -> Any:
+    """The private key of a PEM block, also where cryptography is stricter than those who write keys."""
+    try:
+        return serialization.load_pem_private_key(pem, None)
+    except ValueError as error:
+        try:
+            return parse_odd_key(pem)
+        except (ValueError, IndexError):
+            raise error from None
+
+
 def parse_key(pem: bytes) -> PrivateKey:
     """An unencrypted EC or RSA private key; PemError where it is none."""
     try:
-        key = serialization.load_pem_private_key(private_key(pem), None)
+        key = load_key(private_key(pem))
     except TypeError as error:
         raise KeyKindError("the private key is encrypted; wucme needs it in the clear") from error
     except Exception as error:      # cryptography has several of its own for what is no key
@@ -1285,13 +1355,15 @@ def is_address(name: str) -> bool:
     return ":" in name or name.replace(".", "").isdigit()
 
 
-def signing_request(key: PrivateKey, names: Iterable[str]) -> bytes:
-    """A CSR (DER) with an empty subject and exactly these names (RFC 8555 section 7.4)."""
+def signing_request(key: PrivateKey, names: Iterable[str], staple: bool = False) -> bytes:
+    """A CSR (DER) with an empty subject and exactly these names (RFC 8555, 7.4); `staple`: as RFC 7633 says."""
     import ipaddress
     wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
                                       else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+    if staple:
+        builder = builder.add_extension(x509.TLSFeature([x509.TLSFeatureType.status_request]), critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
@@ -1301,8 +1373,9 @@ def request_facts(pem: bytes) -> tuple[bytes, tuple[str, ...], str]:
         request = x509.load_pem_x509_csr(pem)
         if not request.is_signature_valid:
             raise ValueError("its signature is wrong")
-        return (request.public_bytes(serialization.Encoding.DER), alternative_names(request),
-                key_hash(request.public_key()))
+        common = [str(one.value).lower() for one in request.subject if one.oid.dotted_string == "2.5.4.3"]
+        return (request.public_bytes(serialization.Encoding.DER),
+                tuple(dict.fromkeys([*common, *alternative_names(request)])), key_hash(request.public_key()))
     except Exception as error:      # cryptography has several of its own for what is none
         raise PemError(f"not a certificate signing request: {printable(str(error))[:100]}") from error
 
@@ -1520,9 +1593,11 @@ def renewal(text: str) -> Renewal:
 
 def a_url(text: str) -> str:
     """An https URL, or none."""
+    if not text:
+        return text
     import urllib.parse
     at = urllib.parse.urlsplit(text)
-    if text and (at.scheme != "https" or not at.hostname or at.port == 0):
+    if at.scheme != "https" or not at.hostname or at.port == 0:
         raise ValueError("must be an https:// URL")
     return text
 
@@ -1595,10 +1670,12 @@ class RunScope(NamedTuple):
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each")
     workers: int = setting(a_number, "4", "how many certificates are obtained side by side")
+    orders: int = setting(a_number, "100", "how many certificates are ordered in one run, the most urgent first; the "
+                          "rest are left to the next")
     lock_wait: float = setting(a_duration, "10m", "how long to wait for another run to end")
     timeout: float = setting(a_limit, "20s", "the longest that one request to the CA may take, in all")
     deadline: float = setting(a_limit, "2m", "the longest that one certificate may take; a later run goes "
-                              "on with its order")
+                              "on with its order. A run that has taken 30 times as long leaves the rest to the next")
     alert: tuple[str, ...] = setting(
         some_lines, "", "@ and $ items, one a line, that get the report to read when the set of problems changes, and "
         "daily for a certificate that is late in the last quarter of its life", "ITEM")
@@ -1622,9 +1699,12 @@ class CertificateScope(NamedTuple):
                              "30d, 12h, 25%, never; a bare number is days")
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
     chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
-                         "text, or whose SHA-256 fingerprint or key identifier begins so", "TEXT")
+                         "text, or whose SHA-256 fingerprint or key identifier begins so; a number: that one of the "
+                         "alternates", "TEXT")
     csr: str = setting(a_path, "", "a signing request (PEM) for just these names, whose key is kept elsewhere", "PATH",
                        local=True)
+    must_staple: bool = setting(a_flag, "no", "ask for a certificate that counts with a stapled OCSP answer alone (RFC "
+                                "7633); few CAs still give one", local=True)
     challenge: tuple[str, ...] = setting(
         some_challenges, "http-01", "how control of the names is proved, in order of preference: "
         + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order")
@@ -1808,8 +1888,8 @@ def read_source(path: str) -> Source:
     """The text of an ini, "" for none; SettingsError if it cannot be read or anyone may write it."""
     if not path:
         return NOWHERE
-    if os.geteuid() == 0 and anyone_may_write(path):
-        raise SettingsError(f"{path}: anyone may write this file, and it says what root runs; chmod o-w {path}")
+    if fault := anyone_may_write(path):
+        raise SettingsError(fault)
     try:
         return Source(path, read(path).decode("utf-8-sig"))
     except FileError as error:
@@ -1979,7 +2059,7 @@ def settings_help() -> str:
 # Looks, and changes nothing. What a certificate said is remembered with size, time and inode of its
 # files, so that a run with nothing to do parses none.
 
-CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I)
+CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I | re.S)
 OWN_FILE = re.compile(r"wucme\.(log|lock)|wucme_[sl]_.*\.json|.*_tmp", re.I | re.S)
 
 
@@ -2002,6 +2082,9 @@ class Memory(NamedTuple):
     about: str = ""                 # ARI: where the CA explains it
     ask_at: float = 0.0             # ARI: when to ask again
     revoked: str = ""               # fingerprint of a certificate that we revoked
+
+
+MEMORY_TYPES = {key: type(default) for key, default in Memory._field_defaults.items()}
 
 
 class Entry(NamedTuple):
@@ -2043,14 +2126,13 @@ class Inventory(NamedTuple):
 
 def state_path(directory: str, name: str) -> str:
     """Where the memory of one certificate is kept."""
-    return os.path.join(directory, f"wucme_s_{name.lower()}.json")
+    return f"{directory}/wucme_s_{name.lower()}.json"
 
 
 def read_memory(path: str) -> Memory:
     """The memory of one certificate; whatever does not look as it should is forgotten."""
     found = read_json(path)
-    kept = {key: found[key] for key, default in Memory._field_defaults.items()
-            if key in found and isinstance(found[key], type(default))}
+    kept = {key: value for key, value in found.items() if type(value) is MEMORY_TYPES.get(key)}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
             and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
@@ -2115,8 +2197,8 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         key = present.get(key_spelling(name).lower(), key_spelling(name))
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
-        entries[stem] = look(Entry(stem, os.path.join(directory, name), values.csr or os.path.join(directory, key),
-                                   memory, memory, values, section.own if section else frozenset()))
+        entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
+                                   values, section.own if section else frozenset()))
         declared.add(section.title if section else "")
     for label, section in sections.items():
         if section.title not in declared:
@@ -2174,6 +2256,12 @@ def renewal_time(about: Facts, rule: Renewal) -> float:
     return float("inf")
 
 
+def due_at(entry: Entry) -> float:
+    """The instant at which a certificate is due by its dates or its CA's wish; the end of time for never."""
+    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
+    return min(at, entry.memory.window[2]) if entry.memory.window and at < float("inf") else at
+
+
 def wanted_names(entry: Entry) -> tuple[str, ...]:
     """The names that a new certificate should have: those of the settings, else those it has."""
     return entry.wanted.names or (entry.facts.names if entry.facts else ())
@@ -2221,9 +2309,7 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
 
 def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) -> Decision:
     """Whether a certificate is due, with the reason in words; `named` skips our ladder, `forced` all."""
-    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
-    if entry.memory.window and at < float("inf"):
-        at = min(at, entry.memory.window[2])
+    at = due_at(entry)
     if entry.blocked or not wanted_names(entry):
         return Decision(entry, False, entry.fault, at)
     if forced:
@@ -2237,13 +2323,13 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     return Decision(entry, bool(reason), reason, at)
 
 
-def too_rare(decision: Decision, runs: Sequence[float]) -> str:
+def too_rare(entry: Entry, runs: Sequence[float]) -> str:
     """What to say if runs come so rarely that a certificate could expire between two of them, or ""."""
-    about, gaps = decision.entry.facts, [late - early for early, late in zip(runs, runs[1:])]
-    room = about.not_after - decision.renew_at if about else 0.0
-    if not gaps or room <= 0 or min(gaps) <= room / 2:
+    about, gap = entry.facts, min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
+    room = about.not_after - due_at(entry) if about else 0.0
+    if room <= 0 or gap <= room / 2:
         return ""
-    return (f"{decision.entry.title}: runs come every {min(gaps) / 3600:.1f} hours, but from the time to renew it to "
+    return (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
             f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
 
 
@@ -2296,7 +2382,7 @@ class Dialect(NamedTuple):
 
 DIALECTS = {
     "uacme": Dialect(
-        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "digest"},
+        {"http-01": "text", "dns-01": "digest", "tls-alpn-01": "digest", "dns-persist-01": "record"},
         ("begin", "{kind}", "{name}", "{token}", "{value}"), ("{verdict}", "{kind}", "{name}", "{token}", "{value}"),
         {"UACME_METHOD": "{verdict}", "UACME_TYPE": "{kind}", "UACME_IDENT": "{name}", "UACME_TOKEN": "{token}",
          "UACME_AUTH": "{value}", "UACME_CONFDIR": "{directory}", "UACME_VERBOSE": "{verbose}"}, failure="decline"),
@@ -2679,17 +2765,6 @@ class Journal:
         self.rows.append(Published(way, place, proof))
         self.save()
 
-    def undo(self, task: Task, verdict: str) -> None:
-        """Undo it all; what cannot be undone now stays noted. On a signal there is no time for it."""
-        if ending.number:
-            return
-        problems = [(row, undone(task, row, verdict)) for row in self.rows]
-        for row, problem in problems:
-            if problem:
-                log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
-        self.rows = [row for row, problem in problems if problem]
-        self.save()
-
 
 def by_tokens(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have the listener and tokens/ answer http-01."""
@@ -2896,10 +2971,11 @@ def by_record(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
 
 def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
     """What the templates of a dialect can hold, for one proof."""
-    value = {"text": one.text, "digest": base64url(one.digest), "hex": one.digest.hex()}[dialect.values[one.kind]]
+    value = {"text": one.text, "digest": base64url(one.digest), "hex": one.digest.hex(),
+             "record": f'"{one.text.partition(chr(10))[0]}"'}[dialect.values[one.kind]]
     return {"kind": one.kind, "name": one.name, "token": one.token, "value": value, "output": "", "rest": "",
             "http_token": one.token if one.kind == "http-01" else "", "names": " ".join(task.names),
-            "all": ",".join(task.names), "verbose": str(int(log.loud)), "tokens": task.answers.directory,
+            "all": ",".join(task.names), "verbose": str(log.loud), "tokens": task.answers.directory,
             "directory": os.path.dirname(task.answers.directory),
             "fqdn": record_name(task, one.name) if dialect.waits else ""}
 
@@ -2907,8 +2983,8 @@ def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
 def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields: Mapping[str, str]) -> Finished:
     """Call a hook, with what its dialect wants it to be told."""
     hook = cast(Hook, task.wanted.hook)
-    if os.geteuid() == 0 and anyone_may_write(argv[0]):
-        raise ChallengeError(f"{argv[0]}: anyone may write this file, and root would run it; chmod o-w it")
+    if fault := anyone_may_write(argv[0]):
+        raise ChallengeError(fault)
     told = {key: text.format_map(fields) for key, text in DIALECTS[hook.family].environment.items()}
     finished = task.world.command([*argv, *(text.format_map(fields) for text in templates)],
                                   {**child_environment(), **{key: text for key, text in told.items() if text}},
@@ -2929,11 +3005,12 @@ def by_hook(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
         finished = call_hook(task, hook.begin, dialect.begin, fields)
         journal.rows[-1] = journal.rows[-1]._replace(place="\n".join(finished.output).strip())
         records.append((fields["fqdn"], fields["value"]))
-        if dialect.failure == "decline" and finished.problem.startswith("exit status"):
+        declined = dialect.failure == "decline" and finished.problem.startswith("exit status")
+        if declined:
             journal.rows.pop()          # nothing was begun
         if finished.problem and dialect.failure != "ignore":
-            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} "
-                                 f"{dialect.failure}s {one.kind}: {with_last_line(finished)}")
+            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} {'declines' if declined else 'aborts'} "
+                                 f"{one.kind}: {with_last_line(finished)}", *[one.kind] * declined)
         if finished.problem:
             log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
     if dialect.waits:
@@ -2968,6 +3045,18 @@ def undone(task: Task, row: Published, verdict: str) -> str:
         return sentence(error)
 
 
+def undo_all(journal: Journal, task: Task, verdict: str) -> None:
+    """Undo what is published; what cannot be undone now stays noted. On a signal there is no time for it."""
+    if ending.number:
+        return
+    problems = [(row, undone(task, row, verdict)) for row in journal.rows]
+    for row, problem in problems:
+        if problem:
+            log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
+    journal.rows = [row for row, problem in problems if problem]
+    journal.save()
+
+
 def undo_left(task: Task, path: str) -> Iterator[str]:
     """Undo what the journal of a killed run tells, once; a line for each."""
     found = read_json(path).get("rows")
@@ -2996,7 +3085,7 @@ def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
         yield
         verdict = "done"
     finally:
-        journal.undo(task, verdict)
+        undo_all(journal, task, verdict)
 
 
 # === 9. acme: the protocol, RFC 8555 ===========================================================
@@ -3572,11 +3661,11 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
 
 def choose_chain(client: Client, first: Response, preferred: str) -> bytes:
     """The chain that is preferred, of all that the CA offers; its first where none is."""
-    if not preferred or chain_matches(first.body, preferred):
+    if not preferred or (not preferred.isdigit() and chain_matches(first.body, preferred)):
         return first.body
-    for url in alternates(first):
+    for number, url in enumerate(alternates(first), 1):
         body = client.post(client.own_url(url, "alternate chain"), None).body
-        if chain_matches(body, preferred):
+        if preferred == str(number) or chain_matches(body, preferred):
             return body
     log(f"chain = {preferred}: the CA offers no such chain; its default is taken")
     return first.body
@@ -3586,10 +3675,10 @@ def finish(client: Client, order: Order, names: Sequence[str], request: bytes, u
     """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
     if order.status == "ready":
         log(f"{names[0]}: finalizing order at {order.finalize}")
-        client.post(order.finalize, {"csr": base64url(request)})
+        answer = client.post(order.finalize, {"csr": base64url(request)})
+        order = client.parse_order(order.url, read_object(answer, order.url), names)
+    if order.status in ("processing", "ready"):
         order = client.settle(order, names, ("processing", "ready"), until)
-    elif order.status == "processing":
-        order = client.settle(order, names, ("processing",), until)
     if order.status == "invalid":
         raise client.complaint(order, names)
     if order.status != "valid" or not order.certificate:
@@ -3677,18 +3766,21 @@ def straighten(entry: Entry) -> list[Step]:
     return (put_key(entry, key) if is_linked(entry) else []) + put_plain(entry, b"".join(certificates(both)))
 
 
-def prune(path: str, keep: int) -> None:
-    """Delete all but the newest backups of a live path."""
-    directory, base = os.path.split(path)
-    form = re.compile(re.escape(base) + r"_\d{16}")
-    for name in sorted((name for name in os.listdir(directory) if form.fullmatch(name)), reverse=True)[keep:]:
-        remove(os.path.join(directory, name))
+def prune(directory: str, bases: Iterable[str], keep: int) -> None:
+    """Delete all but the newest backups of each of these live files."""
+    left = dict.fromkeys(bases, keep)
+    for name in sorted(os.listdir(directory), reverse=True):
+        base, _, stamp = name.rpartition("_")
+        if base in left and re.fullmatch("[0-9]{16}", stamp):
+            left[base] -= 1
+            if left[base] < 0:
+                remove(os.path.join(directory, name))
 
 
 def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
-    """Write the memory of a certificate, if it is other than what is written already."""
+    """Write the memory of a certificate, if it is other than what is written already, and has a directory."""
     memory = entry.memory._replace(**changes)
-    if memory != entry.written:
+    if directory and memory != entry.written:
         replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
     return entry._replace(memory=memory, written=memory)
 
@@ -3859,13 +3951,13 @@ class Alarm(NamedTuple):
 
 
 def machine_id() -> str:
-    """A digest of what makes this machine this machine."""
-    import hashlib
+    """A checksum of what makes this machine this machine; too short to tell it."""
+    import binascii
     try:
         text = read("/etc/machine-id")
     except FileError:
         text = os.uname().nodename.encode()
-    return hashlib.sha256(b"wucme " + text).hexdigest()[:32]
+    return f"{binascii.crc32(text):08x}"        # to load hashlib takes longer than the rest of it
 
 
 class Ledger:
@@ -3934,13 +4026,13 @@ class Duty(NamedTuple):
 
 def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """The items of several lists, each once, so that every list's own order is kept where that can be."""
-    import graphlib
     found = list(dict.fromkeys(tuple(one) for one in lists))
     before: dict[str, list[str]] = {}
     for one in found:
         for place, text in enumerate(one):
             before.setdefault(text, []).extend(one[max(0, place - 1):place])
     if len(found) > 1:
+        import graphlib
         with contextlib.suppress(graphlib.CycleError):
             return list(graphlib.TopologicalSorter(before).static_order())
     return list(before)
@@ -4065,8 +4157,8 @@ def standard_load(duty: Duty, _: RunScope, world: World) -> str:
 def run_item(item: Item, environment: Mapping[str, str], timeout: float, world: World, *, title: str,
              given: str = "") -> str:
     """Run a procedure or command with something to read; the problem, or ""."""
-    if os.geteuid() == 0 and item.text[0] == "@" and anyone_may_write(item.argv[0]):
-        return f"{item.argv[0]}: anyone may write this file, and root would run it; chmod o-w {item.argv[0]}"
+    if item.text[0] == "@" and (fault := anyone_may_write(item.argv[0])):
+        return fault
     finished = world.command(item.argv, environment, timeout, given=given)
     for line in finished.output:
         log(f"{title}: {item.text[:40]}: {line}")
@@ -4326,6 +4418,8 @@ def metrics_text(about: Json) -> str:
 # === 13. run: the one place that knows the order =================================================
 
 LOCK = "wucme.lock"
+DEADLINES = 30                  # the time in which a run may begin to obtain certificates, in deadlines of one
+TRUST = "trust"                 # the alarm, of no item, that others may change what root trusts
 ALARM_SECONDS = 23 * 3600.0     # a day, less what cron may be early
 
 
@@ -4340,6 +4434,7 @@ class Request(NamedTuple):
     ini: str = ""                       # the ini that was named
     staging: bool = False
     reason: str = "unspecified"         # of a revocation
+    install: bool = False
 
 
 Tended = tuple[Entry, Outcome]      # a certificate as it is afterwards, and what became of it
@@ -4504,6 +4599,15 @@ def finish_key_change(client: Client, account: Account, who: Applicant) -> None:
     remove(path)
 
 
+def sign_up(client: Client, server: ServerScope, who: Applicant, world: World) -> None:
+    """Make an account at a CA; SettingsError unless its terms are agreed to."""
+    terms = client.directory.terms
+    if terms and not server.agree and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
+        raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
+                            "agreed to first: set agree = yes, or use --agree")
+    client.register(who, True)
+
+
 def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world: World) -> Opened:
     """Open the account at a CA; it is made if there is none and the terms are agreed to."""
     account, server = account_of(settings, word), find_server(settings, word)[1]
@@ -4516,11 +4620,7 @@ def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world:
         with contextlib.suppress(ProtocolError):
             client.account = client.own_url(state.get("account"), "account")
     if not client.account and not client.register(who, server.agree):
-        terms = client.directory.terms
-        if terms and not world.ask(f"Do you agree to the CA's terms of service at {terms}?"):
-            raise SettingsError(f"{server.url}: no account yet, and the CA's terms of service at {terms} must be "
-                                "agreed to first: set agree = yes, or use --agree")
-        client.register(who, True)
+        sign_up(client, server, who, world)
     note_account(client, account)
     return Opened(client, server, account, who)
 
@@ -4577,7 +4677,7 @@ def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
     order, until = authorize(client, order, task)
-    request = given[0] if given else signing_request(cast("PrivateKey", key), names)
+    request = given[0] if given else signing_request(cast("PrivateKey", key), names, entry.wanted.must_staple)
     first = finish(client, order, names, request, until)
     chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
     return Obtained(entry, chain, key, client.url)
@@ -4630,6 +4730,7 @@ class Clients:
     def __init__(self, settings: Settings, world: World) -> None:
         import threading
         self.settings, self.world = settings, world
+        self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
         self.reached: dict[str, Client | Exception] = {}
         self.entered: dict[str, Opened | Exception] = {}
         self.guard = threading.RLock()
@@ -4685,8 +4786,9 @@ def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answe
     return obtain_by_some_way(entry, clients.enter(words[-1]), task, run)
 
 
-def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
-    """Check a certificate as it would go live, and make it live."""
+def store(obtained: Obtained, run: RunScope, mark: str, now: float,
+          change: Callable[..., list[Step]] = switch) -> Entry:
+    """Check a certificate as it would go live, and make it live by the steps of a `change`."""
     entry, names = obtained.entry, wanted_names(obtained.entry)
     kept = read(entry.key) if obtained.key is None or entry.whole else b""
     public = key_hash(obtained.key.public_key()) if obtained.key else key_of(kept)
@@ -4703,13 +4805,12 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
     same = obtained.key is None or (entry.whole and public == entry.memory.key_hash)
     secret = b"" if obtained.key is None else private_key(kept) if same else key_pem(obtained.key)
-    for step in switch(entry, obtained.chain, secret, mark):
+    for step in change(entry, obtained.chain, secret, mark):
         if not step.text.startswith("saving"):
             log(step.text)
         step.do()
     for path in entry.files:
         remove(f"{path}_tmp")
-        prune(path, run.backups)
     log(f"wuCME successful {entry.title} {'renewal' if entry.facts else 'issue'}")
     found = look(entry)
     if not found.whole:
@@ -4721,10 +4822,10 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float) -> Entry:
     return found
 
 
-def own_share(run: RunScope, entry: Entry) -> float:
+def own_share(run: RunScope, name: str) -> float:
     """A number from 0 to 1 that is this host's and certificate's own."""
     import hashlib
-    return int(hashlib.sha256(os.fsencode(f"{run.host} {entry.name}")).hexdigest()[:8], 16) / 0xffffffff
+    return int(hashlib.sha256(os.fsencode(f"{run.host} {name}")).hexdigest()[:8], 16) / 0xffffffff
 
 
 def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
@@ -4736,7 +4837,7 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
     memory = written._replace(problem=problem)
     if isinstance(error, AcmeError):
         failures = memory.failures + 1
-        memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry), now),
+        memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry.name), now),
                                  held_until=now + error.retry_after if error.retry_after else 0.0)
     with contextlib.suppress(OSError):      # the disk may be what failed
         over = isinstance(error, (AcmeError, PemError))
@@ -4781,7 +4882,13 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
 def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """Obtain and store every certificate that is due, the most urgent first."""
     run = settings.run
-    urgent = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    ranked = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    urgent, later = ranked[:run.orders], ranked[run.orders:]
+    if later:
+        log(f"{len(later)} more are due, and left to the next run (orders = {run.orders}): "
+            + ", ".join(entry.title for entry in later[:3]) + " ..." * (len(later) > 3))
+    for entry in later:
+        yield entry, Outcome(entry.title, "held")
     answers = Answers(run.directory)
     listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
                                          for place in places(entry.wanted, kind)), answers)
@@ -4798,8 +4905,10 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
         for job in jobs:        # accounts first: the user may be asked about terms; what fails here fails the jobs
             with contextlib.suppress(Exception):
                 clients.enter(preference(entries[job.name], settings)[0])
-        for name, result in gather(jobs, run.workers, clients.world):
+        for name, result in gather(jobs, run.workers, clients.world, clients.until):
             yield conclude(entries[name], result, run, now, clients.world)
+        with contextlib.suppress(OSError):      # too many backups do no harm
+            prune(run.directory, (os.path.basename(path) for one in urgent for path in one.files), run.backups)
     finally:
         for listener in listeners:
             listener.close()
@@ -4841,7 +4950,7 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
              and not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1]}
     jobs = [Job(name, functools.partial(question, entry), patience(entry, settings.run))
             for name, entry in found.items()]
-    for name, result in gather(jobs, settings.run.workers, clients.world):
+    for name, result in gather(jobs, settings.run.workers, clients.world, clients.until):
         found[name] = advised(found[name], result, settings.run, now)
     return found
 
@@ -4926,7 +5035,7 @@ def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: 
     late = overdue(found.about["certificates"], now)
     wrong = (*troubles(found.about["certificates"], now), *late)
     environment, text = alert_text(run, wrong, found.lines)
-    ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in run.alert}
+    ledger.alarms = {item: about for item, about in ledger.alarms.items() if item in (TRUST, *run.alert)}
     for item in run.alert:
         last = ledger.alarms.get(item, Alarm())
         if wrong == last.problems and not (late and now - last.at > ALARM_SECONDS):
@@ -4985,8 +5094,7 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         else:
             if one.held:
                 log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
-            spent = one.entry.whole and not one.held and not decide(one.entry, now).due
-            if spent:
+            if one.entry.whole and not one.reason:
                 yield one.entry, wind_up(one.entry, run, now)
                 continue
             with contextlib.suppress(OSError):      # it can be learnt again
@@ -5015,6 +5123,21 @@ def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
                 log(line)
 
 
+def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Iterable[Entry],
+                   ledger: Ledger) -> Iterator[Outcome]:
+    """One warning, news once, if root trusts what a group or another user may change."""
+    scopes = [settings.default, *(section.values for section in settings.sections.values())]
+    paths = [__file__, settings.source.path or __file__, settings.run.directory, *(entry.key for entry in entries),
+             *(scope.hook.begin[0] for scope in scopes if scope.hook),
+             *(item.argv[0] for item in items.values() if item.text[0] == "@")]
+    found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
+    told = ledger.alarms.pop(TRUST, Alarm()).problems
+    if found:
+        ledger.alarms[TRUST] = Alarm(found)
+        log(f"others than root may change what root trusts: {', '.join(found)}", wrong=True)
+        yield Outcome("", "warned", "", found != told)
+
+
 def open_ledger(run: RunScope) -> Ledger:
     """This host's ledger."""
     ledger = Ledger(run.directory, run.host)
@@ -5028,27 +5151,28 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
     """The whole job, once: look, ask, decide, obtain, store, load, report."""
     items = load_items(settings)
     run = settings.run
-    clients = Clients(settings, world)
-    with locked(run, world, request.verb == "run") as runs, contextlib.closing(clients):
+    with locked(run, world, request.verb == "run") as runs, contextlib.closing(Clients(settings, world)) as clients:
         now = world.now()
         log("certificate management")
         inventory = take_stock(settings)
         check_copies(settings, items, inventory)
-        told = ask_windows(examine(inventory, request, now), settings, clients, now)
-        inventory = inventory._replace(entries={**inventory.entries, **told})
         decisions = examine(inventory, request, now)
+        if told := ask_windows(decisions, settings, clients, now):
+            inventory = inventory._replace(entries={**inventory.entries, **told})
+            decisions = examine(inventory, request, now)
         clean_up(inventory, settings, world)
         entries, outcomes = {}, []
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
-        warnings = list(filter(None, (too_rare(decide(entry, now), runs) for entry in entries.values())))
+        warnings = list(filter(None, (too_rare(entry, runs) for entry in entries.values())))
         for warning in warnings:
             log(warning, wrong=True)
         ledger = open_ledger(run)
         ledger.forget(entries)
-        loads = pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
-        loads += [Outcome("", "warned", warning, True) for warning in warnings]
+        loads = [Outcome("", "warned", warning, True) for warning in warnings]
+        loads += others_trusted(settings, items, entries.values(), ledger)
+        loads += pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
         loads += alarm(settings, items, ledger, world)
         report = Report(inventory.files, outcomes, loads)
         log(report.tally())
@@ -5261,6 +5385,146 @@ def account_verb(settings: Settings, request: Request, world: World) -> Report:
         for line in ACCOUNT_VERBS[action](opened, run_mark(world.now())):
             print(printable(line))
     return Report(0, [], [])
+
+
+UNITS, BOOTED = "/etc/systemd/system", "/run/systemd/system"
+CRON_FILE = "/etc/cron.d/wucme"
+CRONTAB = """\
+{ crontab -l 2>/dev/null | grep -vF -e "$WUCME_SCRIPT"; printf '%s\\n' "$WUCME_LINE"; } | crontab -"""
+TIMER = """\
+[Timer]
+OnCalendar=hourly
+RandomizedDelaySec=1h
+FixedRandomDelay=true
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+SERVICE = """\
+[Unit]
+Description=wucme: renews certificates, and loads them into their servers
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=oneshot
+ExecStart={}
+TimeoutStartSec={:.0f}
+PrivateTmp=true
+ProtectKernelTunables=true
+ProtectKernelModules=true
+ProtectKernelLogs=true
+ProtectControlGroups=true
+MemoryMax=1G
+{}"""
+# What its user wants run must be able to do what it does under cron, and may leave a server behind.
+LOOSE = """\
+UMask=0022
+KillMode=process
+"""
+STRICT = """\
+UMask=0077
+ProtectSystem=strict
+ReadWritePaths={}
+NoNewPrivileges=true
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_CHOWN CAP_FOWNER CAP_DAC_OVERRIDE
+"""
+
+
+class Schedule(NamedTuple):
+    """A way to have wucme run every hour: what is written where, what is run then, and what undoes it."""
+    files: dict[str, str]
+    then: tuple[tuple[str, ...], ...]
+    undo: str
+    line: str = ""                  # for the user's own crontab
+
+
+def unit_word(text: str) -> str:
+    """A word as units have it (systemd.syntax, and systemd.unit for its specifiers)."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return text if re.fullmatch("[-A-Za-z0-9/._%=]+", text) else f'"{text}"'
+
+
+def service(settings: Settings, items: Mapping[str, Item], argv: Sequence[str]) -> str:
+    """The unit of a run: it may do as little as the settings allow."""
+    run = settings.run
+    scopes = [settings.default, *(section.values for section in settings.sections.values())]
+    if any(text[0] in "+@$" for text in items) or any(scope.hook or scope.nsupdate for scope in scopes):
+        confined = LOOSE
+    else:
+        files = [run.log, run.metrics, *(item.argv[0].partition("{name}")[0] for item in items.values()
+                                         if item.text[0] == ">")]
+        paths = [run.directory, *(os.path.dirname(path) for path in files if path),
+                 *(path for scope in scopes for path in scope.webroot)]
+        confined = STRICT.format(" ".join(unit_word(f"-{path}") for path in dict.fromkeys(paths)))
+    limit = run.lock_wait + 2 * DEADLINES * run.deadline + len(items) * settings.default.load_timeout
+    return SERVICE.format(" ".join(unit_word(word).replace("$", "$$") for word in argv), limit, confined)
+
+
+def schedule(settings: Settings, form: str) -> Schedule:
+    """What makes wucme run every hour, by systemd or by cron."""
+    import shlex
+    script, root = os.path.abspath(__file__), os.geteuid() == 0
+    argv = [sys.executable, script, *(["--ini", settings.source.path] if settings.source.path else [])]
+    units = {kind: os.path.join(UNITS, f"wucme.{kind}") for kind in ("service", "timer")}
+    if form == "systemd":
+        if not root:
+            raise SettingsError("timer: only root can install a unit of systemd; timer cron takes your own crontab")
+        return Schedule({units["service"]: service(settings, load_items(settings), argv), units["timer"]: TIMER},
+                        (("systemctl", "daemon-reload"), ("systemctl", "enable", "--now", "wucme.timer")),
+                        f"systemctl disable --now wucme.timer; rm {' '.join(units.values())}; systemctl daemon-reload")
+    when = f"{1 + int(58 * own_share(settings.run, 'timer'))} * * * *"      # not at :00, when everybody comes
+    line = shlex.join(argv).replace("%", r"\%")
+    then = (("systemctl", "disable", "--now", "wucme.timer"),) if root and os.path.exists(units["timer"]) \
+        else ()
+    if root and os.path.isdir(os.path.dirname(CRON_FILE)):
+        return Schedule({CRON_FILE: f"{when} root {line}\n"}, then, f"rm {CRON_FILE}")
+    return Schedule({}, (*then, ("env", f"WUCME_SCRIPT={script}", f"WUCME_LINE={when} {line}", "sh", "-c", CRONTAB)),
+                    f"crontab -e, and take out the line with {script}", f"{when} {line}")
+
+
+def other_tables(script: str, world: World) -> Iterator[str]:
+    """The tables of cron that run this script and are not ours to replace."""
+    folder = os.path.dirname(CRON_FILE)
+    paths = [os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
+    tables = {path: read(path).decode("utf-8", "replace").splitlines() for path in ("/etc/crontab", *paths)
+              if os.path.isfile(path) and path != CRON_FILE}
+    if os.geteuid() == 0 and os.path.isdir(folder):
+        tables["root's crontab"] = world.command(("crontab", "-l"), child_environment(), 60.0).output
+    return (name for name, lines in tables.items() if any(script in line.partition("#")[0] for line in lines))
+
+
+def timer(settings: Settings, request: Request, world: World) -> list[str]:
+    """Show what makes wucme run every hour, or put it there in place of what was there; lines that say so."""
+    if request.options or request.staging or len(request.names) > 1 or not set(request.names) <= {"systemd", "cron"}:
+        raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
+    form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
+    plan = schedule(settings, form)
+    if not request.install:
+        shown = [f"# {path}\n{text}" for path, text in plan.files.items()] or [f"# your crontab\n{plan.line}\n"]
+        return [*shown, "# to put that in place: timer --install"]
+    for table in other_tables(os.path.abspath(__file__), world):
+        raise FileError(f"{table} has wucme run already; take that out, then try again")
+    make_directory(settings.run.directory)
+    for path, text in plan.files.items():
+        replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
+    if form == "systemd":
+        remove(CRON_FILE)
+    for argv in plan.then:
+        finished = world.command(argv, child_environment(), 60.0)
+        if finished.problem:
+            raise FileError(f"{' '.join(argv)}: {with_last_line(finished)}")
+    return [f"wucme runs every hour by {form}: {' '.join(plan.files) or 'your crontab'}", f"to undo that: {plan.undo}"]
+
+
+def open_log(run: RunScope) -> None:
+    """Begin to write the log file; without one the run goes on."""
+    make_directory(run.directory)
+    try:
+        log.descriptor = open_append(run.log)
+    except OSError as error:
+        log(f"no log is written: {sentence(error)}")
 
 
 # === 14. diagnosis: what would go wrong, before an order is spent =================================
@@ -5554,10 +5818,420 @@ def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Fin
             listener.close()
 
 
+# === 15. uacme: its command line and its directory =============================================
+# wucme.py --uacme is uacme 1.8: its options, files, modes, hook calls and exit codes. A call of it becomes
+# settings, and an entry whose paths are uacme's; the rooms above do the rest.
+
+UACME_DIRECTORY = "/etc/ssl/uacme"
+
+
+class Switch(NamedTuple):
+    """An option of uacme: its long name, what its value must be ("" if it has none), the settings that it makes."""
+    name: str
+    form: str = ""
+    settings: Mapping[str, str] = {}
+
+
+UACME_OPTIONS = {
+    "a": Switch("acme-url", "https://.+", {"server": "{0}"}),
+    "b": Switch("bits", "[0-9]+"),
+    "c": Switch("confdir", ".+"),
+    "d": Switch("days", "0*[1-9][0-9]{0,8}", {"renew": "{0}d"}),
+    "e": Switch("eab", "[^:]+:[A-Za-z0-9_=-]+(:(256|384|512))?",
+                {"eab_kid": "{1[0]}", "eab_hmac": "{1[1]}", "eab_alg": "HS{1[2]}"}),
+    "f": Switch("force"),
+    "h": Switch("hook", ".+", {"hook": "uacme:{2}", "challenge": "http-01 dns-01 tls-alpn-01"}),
+    "i": Switch("no-ari"),
+    "k": Switch("rotate-key", "", {"rotate": "yes"}),
+    "l": Switch("alternate", "0*[1-9][0-9]*|[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2})+", {"chain": "{0}"}),
+    "m": Switch("must-staple", "", {"must_staple": "yes"}),
+    "n": Switch("never-create"),
+    "o": Switch("no-ocsp"),
+    "p": Switch("profile", ".+", {"profile": "{0}"}),
+    "r": Switch("reason", "[0-9]{1,4}"),
+    "s": Switch("staging", "", {"server": "letsencrypt-staging"}),
+    "t": Switch("type", "(?i:rsa|ec)"),
+    "v": Switch("verbose"),
+    "V": Switch("version"),
+    "y": Switch("yes", "", {"agree": "yes"}),
+    "?": Switch("help"),
+}
+
+
+class Call(NamedTuple):
+    """One call of uacme: its command with the words behind it, its options by letter, and what they come to."""
+    verb: str
+    words: tuple[str, ...]
+    given: Mapping[str, str]
+    settings: Settings
+    top: str                    # uacme's directory, "" for a flat one of wucme's own
+    clients: Clients
+
+    @property
+    def private(self) -> str:
+        """The directory of the account key, and of those of certificates."""
+        return os.path.join(self.top, "private")
+
+    @property
+    def by_request(self) -> bool:
+        """Whether a certificate is asked for by a signing request in a file."""
+        return self.verb in ("issue", "check") and len(self.words) == 1 and os.path.isfile(self.words[0])
+
+
+def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
+    """The words and options of a command line of uacme's, and how verbose it is; SettingsError."""
+    import getopt
+    letters = "".join(letter + ":" * bool(one.form) for letter, one in UACME_OPTIONS.items())
+    try:
+        pairs, words = getopt.gnu_getopt(list(argv), letters, [f"{one.name}{'=' * bool(one.form)}"
+                                                               for one in UACME_OPTIONS.values()])
+    except getopt.GetoptError as error:
+        raise SettingsError(f"--uacme: {error}") from error
+    known = {f"--{one.name}": letter for letter, one in UACME_OPTIONS.items()}
+    given = {known.get(option, option[1:]): value for option, value in pairs}
+    for letter, value in given.items():
+        if not re.fullmatch(UACME_OPTIONS[letter].form, value):
+            raise SettingsError(f"--uacme: -{letter} {printable(value)}: must be of the form "
+                                f"{UACME_OPTIONS[letter].form}")
+    if {"V", "?"} & set(given) or not words or words[0] not in UACME_VERBS:
+        raise SettingsError(f"wucme {VERSION}, as uacme: one of {', '.join(UACME_VERBS)}; options: " + " ".join(
+            f"-{letter}|--{one.name}" for letter, one in UACME_OPTIONS.items()))
+    if {"a", "s"} <= set(given) or {"k", "n"} <= set(given):
+        raise SettingsError("--uacme: -a does not go with -s, nor -k with -n")
+    return words, given, sum(known.get(option, option[1:]) == "v" for option, _ in pairs)
+
+
+def key_asked(given: Mapping[str, str]) -> str:
+    """The kind of new keys that a call of uacme's wants; SettingsError."""
+    family = given.get("t", "rsa").lower()
+    bits = int(given.get("b", "2048" if family == "rsa" else "256"))
+    if bits not in (range(2048, 8193, 8) if family == "rsa" else (256, 384)):
+        raise SettingsError("--uacme: -b must be 256 or 384 for EC, and for RSA a multiple of 8 from 2048 to 8192")
+    return f"rsa-{bits}" if family == "rsa" else f"ecdsa-p{bits}"
+
+
+def texts_of(given: Mapping[str, str]) -> dict[str, str]:
+    """The settings that uacme's options and environment make."""
+    proxy = os.environ.get("UACME_PROXY", "")
+    texts = {"ca_file": os.environ.get("UACME_CAINFO") or os.environ.get("UACME_CAPATH", ""),
+             "proxy": proxy if not proxy or re.search(r":\d+$", proxy) else f"{proxy}:1080"}
+    for letter, value in given.items():
+        parts = value, [*value.split(":"), "256"], os.path.abspath(value)
+        texts.update({key: text.format(*parts) for key, text in UACME_OPTIONS[letter].settings.items()})
+    if "h" in given and not os.access(given["h"], os.R_OK | os.X_OK):
+        raise SettingsError(f"--uacme: -h {given['h']}: not a program that may be read and run")
+    return {key: text for key, text in texts.items() if text}
+
+
+def understand_call(argv: Sequence[str], world: World) -> Call:
+    """What a command line of uacme's asks for, and of which directory; SettingsError where that cannot be."""
+    words, given, log.loud = read_call(argv)
+    log.live, log.quiet, kind, texts = log.loud > 0, not log.loud, key_asked(given), texts_of(given)
+    verb, words = words[0], words[1:]
+    least, most = UACME_VERBS[verb][1:]
+    if not least <= len(words) <= most:
+        raise SettingsError(f"--uacme: {verb} takes {least} to {most} arguments")
+    if verb in ("new", "update"):
+        texts["contact"] = " ".join(words)
+    if "c" not in given and not os.path.isdir(UACME_DIRECTORY):
+        source = read_source(find_ini(os.environ.get("WUCME_INI", "")))
+        for flat in (os.getcwd(), read_settings(source, texts).run.directory):
+            if os.path.isdir(flat) and "wucme_k_account.pem" in map(str.lower, os.listdir(flat)):
+                settings = read_settings(source, {**texts, "directory": flat})
+                return Call(verb, tuple(words), given, settings, "", Clients(settings, world))
+    settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
+    settings = settings._replace(default=settings.default._replace(key=kind), run=settings.run._replace(directory=""))
+    return Call(verb, tuple(words), given, settings, given.get("c", UACME_DIRECTORY),
+                Clients(settings, world))
+
+
+def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) -> Finished:
+    """Run a hook, and pass on what it says."""
+    finished = command(*arguments, **more)
+    for line in [] if log.live else finished.output:
+        log.show(f"{printable(line)}\n")
+    return finished
+
+
+def uacme_directory(path: str, mode: int, make: bool) -> None:
+    """See that a directory of uacme's is there."""
+    if not os.path.isdir(path):
+        if not make:
+            raise FileError(f"{path}: no such directory (only `new` makes the first ones, and nothing does with -n)")
+        os.mkdir(path)
+        os.chmod(path, mode)
+        sync_directory(path)
+
+
+def uacme_key(path: str, kind: str, make: bool) -> PrivateKey:
+    """The key in a file of uacme's, made if it may be."""
+    if make and not os.path.exists(path):
+        log(f"making a key, {path}")
+        create(path, key_pem(new_key(kind)), Owner(0o400, -1, -1))
+        sync_directory(path)
+    return account_key(Account(path, ""))
+
+
+def supersede(path: str, new: str, stamp: str) -> list[Step]:
+    """The steps that put a new file in place, the old one kept under uacme's name for it."""
+    old = f"{path[:-4]}-{stamp}.pem"
+    kept = [Step(f"backed up {path} as {old}", keep, (path, old))] if os.path.exists(path) else []
+    return [*kept, Step(f"renaming {new} to {path}", rename, (new, path))]
+
+
+def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
+    """The steps that make a checked chain live in uacme's way, and a new key with it."""
+    waiting, whole = f"{entry.chain}_tmp", b"".join(certificates(chain))
+    same = entry.wanted.csr or key_of(read(entry.key)) == key_of(key)
+    return [Step(f"saving to {waiting}", create, (waiting, whole, owner(entry.chain, 0o444))),
+            *supersede(entry.chain, waiting, stamp), *([] if same else supersede(entry.key, f"{entry.key}_tmp", stamp))]
+
+
+def own_key(call: Call) -> PrivateKey:
+    """The key of the account in uacme's directory, which `new` alone may make."""
+    make = call.verb == "new" and "n" not in call.given
+    uacme_directory(call.top, 0o755, make)
+    uacme_directory(call.private, 0o700, make)
+    return uacme_key(os.path.join(call.private, "key.pem"), call.settings.default.key, make)
+
+
+def open_account(call: Call, key: PrivateKey) -> Opened:
+    """The account with a key, not yet looked for at the CA."""
+    word = call.settings.default.server[0]
+    client, server = call.clients.reach(word), find_server(call.settings, word)[1]
+    client.key = key
+    return Opened(client, server, Account(os.path.join(call.private, "key.pem"), ""), applicant(server))
+
+
+def found_account(opened: Opened) -> Opened:
+    """An account that the CA knows; AcmeError if it does not."""
+    if not opened.client.register(opened.who, False):
+        raise AcmeError(f"{opened.client.url}: no account has the key {opened.account.key}; `new` makes one")
+    return opened
+
+
+def uacme_new(call: Call) -> int:
+    """Make an account; one that is there already is an error, as it is to uacme."""
+    opened = open_account(call, own_key(call))
+    if opened.client.register(opened.who, False):
+        raise AcmeError(f"{opened.client.url}: there is an account with the key {opened.account.key} already")
+    sign_up(opened.client, opened.server, opened.who, call.clients.world)
+    return 0
+
+
+def uacme_update(call: Call) -> int:
+    """Replace the contact of the account."""
+    opened = found_account(open_account(call, own_key(call)))
+    wanted = [f"mailto:{address}" for address in opened.who.contact]
+    if (opened.client.account_object().get("contact") or []) != wanted:
+        opened.client.account_object({"contact": wanted})
+    return 0
+
+
+def uacme_newkey(call: Call) -> int:
+    """Give the account another key."""
+    opened = found_account(open_account(call, own_key(call)))
+    new = os.path.join(call.private, "newkey.pem")
+    opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given))
+    for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
+        log(step.text)
+        step.do()
+    return 0
+
+
+def uacme_deactivate(call: Call) -> int:
+    """Close the account for good."""
+    found_account(open_account(call, own_key(call))).client.account_object({"status": "deactivated"})
+    return 0
+
+
+def uacme_revoke(call: Call) -> int:
+    """Revoke the certificate in a file, by its own key if that is given, and put the file aside."""
+    path, chain = call.words[0], read(call.words[0])
+    about = facts(chain)
+    key = uacme_key(call.words[1], "", False) if call.words[1:] else None
+    client = call.clients.reach(call.settings.default.server[0]) if key else \
+        found_account(open_account(call, own_key(call))).client
+    log(f"revoking {path}, serial number {about.serial}")
+    client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
+    rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.clients.world.now())}.pem"))
+    return 0
+
+
+def uacme_entry(call: Call) -> Entry:
+    """The certificate that a call is about, in uacme's places; its key and directories are made if they may be."""
+    word, wanted = call.words[0], call.settings.default
+    if call.by_request:
+        wanted = wanted._replace(csr=os.path.abspath(word), names=request_facts(read(word))[1])
+        chain, key = f"{os.path.splitext(wanted.csr)[0]}-cert.pem", wanted.csr
+    else:
+        wanted = wanted._replace(names=parse_value(NOWHERE, "", "names", " ".join(call.words)))
+        public, private = (os.path.join(top, word.removeprefix("*.")) for top in (call.top, call.private))
+        chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
+        make = call.verb == "issue" and "n" not in call.given
+        uacme_directory(private, 0o700, make)
+        uacme_directory(public, 0o755, make)
+        uacme_key(key, wanted.key, make)
+    # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
+    memory = Memory(names=wanted.names, server=find_server(call.settings, wanted.server[0])[1].url)
+    return look(Entry(word, chain, key, memory, memory, wanted, frozenset(["names"])))
+
+
+def uacme_advised(entry: Entry, client: Client, run: RunScope, now: float) -> Entry:
+    """An entry with what the CA says of when to renew it, which then counts alone until its last day."""
+    about = entry.facts
+    if about is None or not about.ari or about.not_after - now < 86400 or not client.directory.renewal_info:
+        return entry
+    try:
+        window, _ = client.renewal_window(about.ari)
+    except WucmeError as error:
+        log.detail(f"{entry.title}: no renewal information: {error}")
+        window = None
+    if window is None:
+        return entry
+    # Nothing is remembered: what is drawn is this host's and certificate's own, and so the same each day.
+    memory = entry.memory._replace(window=settle_window(window, (), own_share(run, entry.name)), about=window.about)
+    return entry._replace(memory=memory, wanted=entry.wanted._replace(renew=Renewal(seconds=86400.0)))
+
+
+class Unwritten(Journal):
+    """What is published for one name; uacme's directory has no place for a note of it."""
+
+    def save(self) -> None:
+        """Write nothing."""
+
+
+def by_asking(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
+    """Have whoever sits at the terminal answer."""
+    for one in proofs:
+        value = hook_fields(task, one, DIALECTS["uacme"])["value"]
+        log.show(f"challenge={one.kind} ident={one.name} token={one.token} key_auth={value}\n")
+        if not task.world.ask("Is it answered, and to be taken up?"):
+            raise ChallengeError(f"{one.name}: nobody answers {one.kind} (without -h a terminal is asked)", one.kind)
+
+
+def prove_name(client: Client, order: Order, found: Authorization, one: Challenge, task: Task) -> None:
+    """Prove one name by one challenge, to the end; ChallengeError if that is declined."""
+    challenge, proof = take_up(client, found, (one.kind,))
+    proof = proof._replace(token=proof.token or proof.text.partition(";")[0])
+    journal, verdict = Unwritten(task), "failed"
+    try:
+        (by_hook if task.wanted.hook else by_asking)(task, [proof], journal)
+        log(f"{found.name}: starting challenge at {challenge.url} ({challenge.kind})")
+        client.answer(challenge)
+        pause = POLL_SECONDS[0]
+        while (found := client.authorization(found.url, task.names)).status == "pending":
+            if client.world.monotonic() > task.until:
+                raise NetworkError(f"{found.url}: the CA left it pending until the deadline")
+            client.world.sleep(pause)
+            pause = min(pause * 2, POLL_SECONDS[1])
+        if found.status != "valid":
+            raise client.complaint(order, task.names)
+        verdict = "done"
+    finally:
+        undo_all(journal, task, verdict)
+
+
+def prove_in_turn(client: Client, order: Order, task: Task) -> None:
+    """Prove the names of an order one after another, each by the first challenge that is not declined."""
+    for url in order.authorizations if order.status == "pending" else ():
+        found = client.authorization(url, task.names)
+        for one in found.challenges if found.status == "pending" else ():
+            try:
+                prove_name(client, order, found, one, task)
+                break
+            except ChallengeError as error:
+                log(str(error))
+                if not error.spent:
+                    raise
+        else:
+            if found.status != "valid":
+                raise ChallengeError(f"{found.name}: no challenge was taken up")
+
+
+def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> None:
+    """Obtain a certificate and make it live, in uacme's order of things."""
+    import threading
+    client, top = opened.client, os.path.dirname(os.path.dirname(opened.account.key))
+    task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(top or "."), world,
+                threading.Event())
+    try:
+        order = start_order(opened, entry, task.names)
+        prove_in_turn(client, order, task)
+        memory = entry.memory._replace(order=order.url, order_server=client.url)
+        obtained = obtain(entry._replace(memory=memory), opened, task, run)
+        store(obtained, run, str(int(world.now())), world.now(), uacme_switch)
+    finally:
+        for path in entry.files:
+            remove(f"{path}_tmp")
+
+
+def uacme_issue(call: Call) -> int:
+    """Issue a certificate if that is due, else 1; for check: 0 if it is due, else 1."""
+    run, now, check = call.settings.run, call.clients.world.now(), call.verb == "check"
+    key, entry = own_key(call), uacme_entry(call)
+    opened = open_account(call, key)
+    log(f"checking existence and expiration of {entry.chain}")
+    entry = entry if "i" in call.given else uacme_advised(entry, opened.client, run, now)
+    decision = decide(entry, now, forced="f" in call.given)
+    log(dates(decision, now))
+    if entry.blocked:
+        raise FileError(entry.fault)
+    log(f"{entry.title}: {f'due: {decision.reason}' if decision.due else 'not due'}")
+    if decision.due and not check:
+        uacme_obtain(entry, found_account(opened), run, call.clients.world)
+    return 0 if decision.due else 1
+
+
+UACME_VERBS: dict[str, tuple[Callable[[Call], int], int, int]] = {      # with how many arguments each takes
+    "new": (uacme_new, 0, 1), "update": (uacme_update, 0, 1), "deactivate": (uacme_deactivate, 0, 0),
+    "newkey": (uacme_newkey, 0, 0), "issue": (uacme_issue, 1, 100), "check": (uacme_issue, 1, 100),
+    "revoke": (uacme_revoke, 1, 2)}
+
+
+def in_flat(call: Call) -> int:
+    """Do what uacme is asked for in a directory of wucme's own, by the verbs of that; nothing is loaded."""
+    settings, clients, world = call.settings, call.clients, call.clients.world
+    reason = next((name for name, code in REASONS.items() if code == int(call.given.get("r", "0"))), "")
+    open_log(settings.run)
+    if call.verb == "revoke":
+        return 2 * revoke(settings, Request("revoke", call.words[:1], reason=reason), world).status
+    if call.verb not in ("issue", "check"):
+        return 2 * account_verb(settings, Request("account", (call.verb,)), world).status
+    named = ((), {"csr": call.words[0]}) if call.by_request else (call.words, {})
+    settings, label = declare(settings, *named)
+    now = world.now()
+    with locked(settings.run, world):
+        request = Request("issue", (label,), "f" in call.given)
+        told = ask_windows(examine(take_stock(settings), request, now), settings, clients, now)
+        found = choose(take_stock(settings), [label])[0]
+        decision = decide(told.get(found.name, found), now, True, request.force)
+        if call.verb == "check":
+            return 0 if decision.due else 1
+        clean_up(take_stock(settings), settings, world)
+        (_, outcome), = tend([decision], settings, clients, now)
+    return {"renewed": 0, "current": 1}.get(outcome.state, 2)
+
+
+def uacme(argv: Sequence[str], world: World) -> int:
+    """wucme.py --uacme: 0 done, 1 nothing to do, 2 failed or a usage error; for check 0 is due, 1 is not."""
+    log.clock = world.now
+    try:
+        command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
+        call = understand_call(argv, world._replace(command=command))
+        with contextlib.closing(call.clients):
+            status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
+    except (WucmeError, OSError) as error:
+        log(f"failed: {sentence(error)}", wrong=True)
+        status = 2
+    log.flush()
+    return status
+
+
 # === 16. command line: what was asked for, and how it ends =====================================
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "check": None,
-         "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint}
+         "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
 
 
 def version() -> str:
@@ -5581,13 +6255,15 @@ def argument_parser() -> argparse.ArgumentParser:
             hint = nearest(word, self._option_string_actions) if word.startswith("--") else ";"
             raise SettingsError(f"{message}{hint} See --help")
 
-    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False)
+    # Without a width argparse would ask for that of the terminal, once for each option.
+    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False,
+                    formatter_class=functools.partial(argparse.HelpFormatter, width=99))
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
     parser.add_argument("--reason", default="unspecified")
     parser.add_argument("--csr", dest="set_csr")
-    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "version", "help"):
+    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "install", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
@@ -5616,17 +6292,11 @@ def staging(settings: Settings) -> Settings:
         sections={label: one._replace(values=tame(one.values)) for label, one in settings.sections.items()})
 
 
-def open_log(run: RunScope) -> None:
-    """Begin to write the log file; without one the run goes on."""
-    make_directory(run.directory)
-    try:
-        log.descriptor = open_append(run.log)
-    except OSError as error:
-        log(f"no log is written: {sentence(error)}")
-
-
 def act(settings: Settings, request: Request, world: World) -> int:
     """Do what the verb says; the exit status."""
+    if request.verb == "timer":
+        print("\n".join(timer(settings, request._replace(install=request.install and not request.dry_run), world)))
+        return 0
     if request.dry_run:
         if request.verb == "issue":
             settings, label = declare(settings, request.names, request.options)
@@ -5670,19 +6340,22 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
     if arguments["force"] and verb not in ("issue", "renew"):
         raise SettingsError(f"--force goes with issue and renew, not with {verb}")
+    if arguments["install"] and verb != "timer":
+        raise SettingsError(f"--install goes with timer, not with {verb}")
     options = option_texts(arguments)
     if "csr" in options and verb != "issue":
         raise SettingsError(f"--csr goes with issue, not with {verb}")
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
-    if os.geteuid() == 0 and anyone_may_write(os.path.abspath(__file__)):
-        raise SettingsError(f"{__file__}: anyone may write this file, and root runs it; chmod o-w {__file__}")
     common = {key: text for key, text in options.items()
               if verb != "issue" or key not in CertificateScope._field_defaults}
     settings = read_settings(read_source("" if fresh else find_ini(named)), common)
+    for path in (os.path.abspath(__file__), settings.run.directory):
+        if fault := anyone_may_write(path):
+            raise SettingsError(fault)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"]))
+                    arguments["staging"], arguments["reason"], arguments["install"]))
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
@@ -5691,18 +6364,23 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
     if "GATEWAY_INTERFACE" in os.environ:       # called by a web server: answers the CA, and does nothing else
         os.write(1, respond(os.environ))
         return 0
+    gc.set_threshold(100_000)       # what is made by the thousand lives to the end
     umask = os.umask(0o077)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, ending)
     world = world._replace(command=functools.partial(world.command, umask=umask))
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["--uacme"]:
+            need_cryptography()
+            return uacme(argv[1:], world)
         arguments = vars(argument_parser().parse_intermixed_args(argv))
         if arguments["help"] or arguments["version"]:
             print(manual() if arguments["help"] else version())
             return 0
         need_cryptography()
-        log.clock, log.loud, log.quiet = world.now, arguments["verbose"], arguments["quiet"]
+        log.clock, log.loud, log.quiet = world.now, int(arguments["verbose"]), arguments["quiet"]
         log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
         settings, request = understand(arguments)
         return act(settings, request, world)
@@ -5720,5 +6398,14 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         return 1
 
 
+def leave(status: int) -> NoReturn:
+    """End with this status, and leave it to the kernel to take down what is left."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        status = status or 1
+    os._exit(status)            # Python's own way takes as long as a look at a hundred certificates
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -79,6 +79,25 @@ def setup(what: str) -> Path:
     return Path(told)
 
 
+def uacme_trusting(directory: Path, ca_file: Path) -> tuple[str, dict[str, str]]:
+    """Finds uacme, and has it trust a CA in `certs` of its working directory, which must be `directory`.
+
+    It takes no option for that before its release 1.7.6: it gets a copy of its libcurl with another path in it.
+    """
+    binary = program("uacme")
+    told = subprocess.run(["ldd", binary], capture_output=True, text=True, check=False).stdout
+    library = next((Path(line.split()[2]) for line in told.splitlines() if "libcurl" in line), None)
+    before, after = b"/etc/ssl/certs\0", b"certs\0"
+    if library is None or library.read_bytes().count(before) != 1:
+        raise Missing("uacme here has no libcurl that looks into /etc/ssl/certs")
+    for name in ("certs", "lib"):
+        (directory / name).mkdir()
+    changed = library.read_bytes().replace(before, after.ljust(len(before), b"\0"))
+    (directory / "lib" / library.name).write_bytes(changed)
+    shutil.copy(ca_file, directory / "certs")
+    return binary, {"LD_LIBRARY_PATH": str(directory / "lib")}
+
+
 def pebble_binaries() -> Path:
     """Returns the directory of pebble and pebble-challtestsrv."""
     return setup("pebble")
