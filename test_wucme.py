@@ -797,7 +797,9 @@ class TestProxy:
         refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
         with Loopback(Proxy(1, refusal)) as outer, pytest.raises(wucme.NetworkError) as caught:
             web(proxy=f"127.0.0.1:{outer.port}").request("GET", "https://ca.test/")
-        assert str(caught.value).endswith("ca.test: Tunnel connection failed: 407 Proxy Authentication Required")
+        assert str(caught.value) == (
+            f"cannot reach ca.test through the proxy 127.0.0.1:{outer.port}: Tunnel connection failed: 407 Proxy "
+            "Authentication Required; set proxy = http://USER:PASSWORD@HOST:PORT")
         del caught
         gc.collect()
 
@@ -2667,6 +2669,22 @@ class TestListener:
         told = wucme.listen_reason("h", 80, OSError(number, "Cannot assign requested address"))
         assert told.startswith(f"cannot listen on h:80: {reason}")
 
+    def test_a_host_without_ipv6_says_so_and_listens_on_ipv4(
+            self, tmp_path: Path, log: wucme.Log, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = wucme.listener_class("http-01")
+
+        def no_six(family: int, *arguments: Any) -> Any:
+            if family == socket.AF_INET6:
+                raise OSError(97, "Address family not supported by protocol")
+            return real(family, *arguments)
+
+        monkeypatch.setattr(wucme, "listener_class", lambda _: no_six)
+        listener = wucme.Listener(place("", 0), wucme.Answers(str(tmp_path)))
+        families = [one.address_family for one in listener.servers]
+        listener.close()
+        assert families == [socket.AF_INET]
+        assert "no IPv6 on port 0: Address family not supported by protocol; listening on IPv4 alone" in log.held[0]
+
     def test_an_address_that_is_not_ours_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(wucme.ChallengeError, match=r"cannot listen on 192\.0\.2\.1:1: "):
             wucme.Listener(place("192.0.2.1", 1), wucme.Answers(str(tmp_path)))
@@ -3938,6 +3956,7 @@ class Host:
         self.directory.mkdir()
         self.settings = {"directory": str(self.directory), "server": server, "ca_file": str(ca_file), "agree": "yes",
                          "listen": listen, "host": "alpha", "lock_wait": "20s"}
+        self.within: Sequence[str] = ()         # a command that the script is started by
         # No CA but those of the tests can be reached, whatever an ini names.
         self.environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1",
                             "https_proxy": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1"}
@@ -3954,7 +3973,7 @@ class Host:
 
     def command(self, *arguments: object) -> list[str]:
         """The command line of a run with this ini."""
-        return [sys.executable, "-W", "error", str(SCRIPT), "--ini", str(self.ini), *map(str, arguments)]
+        return [*self.within, sys.executable, "-W", "error", str(SCRIPT), "--ini", str(self.ini), *map(str, arguments)]
 
     def run(self, *arguments: object, **environment: str) -> Done:
         """Run the script to its end, as cron would."""
@@ -6475,6 +6494,154 @@ class TestFronts:
         wasd = re.search(r"(?s)### Front: WASD.*?```wasd\n(.*?)```", README)
         assert wasd
         assert textwrap.dedent(told.partition("# WASD")[2].partition("\n")[2]) == wasd[1]
+
+
+@pytest.mark.process
+@pytest.mark.servers
+class TestProxies:
+    """The way out through real proxies."""
+
+    @pytest.mark.parametrize("kind", ["squid", "tinyproxy"])
+    def test_with_a_password(self, kind: str, fake: fakeca.FakeCA, lab: Host, public: Path) -> None:
+        lab.environment["no_proxy"] = ""
+        with testbed.ForwardProxy(public / "proxy", kind, "ann", "s3cret") as proxy:
+            lab.write(proxy=proxy.url("ann", "s3cr%65t"))
+            assert lab.run("issue", "a.example.test").status == 0
+            assert 0 < proxy.used() < 10, "connections are kept"
+            before, count = lab.pair(), orders(fake)
+            lab.write()
+            for user in ("", "ann:wrong@"):
+                done = lab.run("renew", "a.example.test", "--force", https_proxy=f"http://{user}127.0.0.1:{proxy.port}")
+                assert done.status == 1
+                assert re.search(rf"cannot reach localhost:\d+ through the proxy 127\.0\.0\.1:{proxy.port}: Tunnel "
+                                 r"connection failed: 40[17] ", done.err)
+                assert "set proxy = http://USER:PASSWORD@HOST:PORT" in done.err
+                assert "wrong" not in done.err
+            assert (lab.pair(), orders(fake)) == (before, count)
+            assert lab.run("renew", "--force", https_proxy=proxy.url(), no_proxy="localhost").status == 0
+        assert lab.pair() != before
+        before = lab.pair()
+        done = lab.run("renew", "--force", https_proxy=proxy.url())
+        assert done.status == 1
+        assert f"through the proxy 127.0.0.1:{proxy.port}: Connection refused" in done.err
+        assert lab.pair() == before
+        assert lab.run("renew", "--force", no_proxy="localhost").status == 0, "nothing is held against it"
+
+    @pytest.mark.parametrize("kind", ["squid", "tinyproxy"])
+    def test_without_a_password_from_the_environment(self, kind: str, lab: Host, public: Path) -> None:
+        with testbed.ForwardProxy(public / "proxy", kind) as proxy:
+            assert lab.run("issue", "a.example.test", https_proxy=proxy.url(), no_proxy="").status == 0
+            assert proxy.used()
+
+    @pytest.mark.pebble
+    def test_out_through_a_proxy_and_in_through_a_front_and_no_other_way(
+            self, inside: Host, pebble: testbed.Pebble, public: Path) -> None:
+        with contextlib.ExitStack() as stack:
+            node = stack.enter_context(testbed.nodes(public, 1))[0]
+            text = front_text("nginx", pebble.http_port, f"{node.address}:80")
+            stack.enter_context(testbed.PlainWeb(public / "front", "nginx", text, pebble.http_port))
+            proxy = stack.enter_context(testbed.ForwardProxy(public / "proxy", "tinyproxy", "ann", "s3cret",
+                                                             ["127.0.0.1", node.gateway]))
+            inside.within = node.within
+            inside.write(listen="", proxy="none")
+            assert "cannot reach localhost" in inside.run("issue", "x86vms.example.org").err
+            inside.write(listen="", proxy=proxy.url("ann", "s3cret"))
+            done = inside.run("issue", "x86vms.example.org")
+            assert done.status == 0, done.err
+            inside.pair("x86vms.example.org")
+
+
+@pytest.mark.process
+class TestCluster:
+    """Several hosts, with one directory or with none in common."""
+
+    @pytest.mark.pebble
+    @pytest.mark.servers
+    def test_hosts_that_start_together_order_once_load_each_and_answer_for_each_other(
+            self, inside: Host, pebble: testbed.Pebble, public: Path) -> None:
+        names = "a.example.test", "b.example.test"
+        with contextlib.ExitStack() as stack:
+            hosts = stack.enter_context(testbed.nodes(public, 2))
+            gateways = ["127.0.0.1", *(one.gateway for one in hosts)]
+            proxy = stack.enter_context(testbed.ForwardProxy(public / "proxy", "tinyproxy", addresses=gateways))
+            inside.write(f"$ echo $WUCME_HOST $WUCME_NAME >> {public}/loaded", listen="none",
+                         sections="".join(f"[{name}]\n" for name in names))
+            inside.ini.chmod(0o644)
+            text = recipe("Inner host: lighttpd and CGI", **{"/usr/local/sbin/wucme.py": f"{public}/wucme.py"})
+            for name, one in zip(names, hosts):
+                stack.enter_context(testbed.PlainWeb(public / name, "lighttpd", text, pebble.http_port,
+                                                     address=one.address, within=one.within))
+                pebble.dns("add-a", host=name, addresses=[one.address])
+                stack.callback(pebble.dns, "clear-a", host=name)
+            runs = []
+            for host, one in zip(("alpha", "beta"), hosts):
+                inside.within = one.within
+                inside.environment.update(https_proxy=f"http://{one.gateway}:{proxy.port}", no_proxy="")
+                runs.append(inside.start("--host", host))
+            said = [run.communicate(timeout=60)[1] for run in runs]
+        assert [run.returncode for run in runs] == [0, 0], said
+        log = (inside.directory / "wucme.log").read_text()
+        assert len(re.findall("creating new order", log)) == 2
+        loaded = (public / "loaded").read_text().splitlines()
+        assert sorted(loaded) == [f"{host} {name}" for host in ("alpha", "beta") for name in names]
+        assert not inside.left()
+
+    def test_a_host_that_is_killed_holds_no_other_up(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.write(f"$ echo $WUCME_HOST >> {lab.home}/loaded", sections="[a.example.test]\n")
+        asked, goes_on = threading.Event(), threading.Event()
+
+        def validate(name: str, token: str, keyauth: str) -> bool:
+            asked.set()
+            return goes_on.wait(60)
+
+        fake.validate = validate
+        first = lab.start()
+        assert asked.wait(30)
+        first.kill()
+        first.communicate()
+        goes_on.set()
+        done = lab.run("--host", "beta", "--lock-wait", "0s")
+        assert done.status == 0, done.err
+        assert orders(fake) == 1, "the order is taken up"
+        assert lab.run().status == 0
+        assert (lab.home / "loaded").read_text().split() == ["beta", "alpha"]
+        assert not lab.left()
+
+    def test_a_host_that_was_away_catches_up(self, lab: Host) -> None:
+        lab.write(f"$ echo $WUCME_HOST $WUCME_FINGERPRINT >> {lab.home}/loaded", sections="[a.example.test]\n")
+        for arguments in ((), ("--host", "beta"), ("renew", "--force"), ("renew", "--force"), ("--host", "beta"),
+                          ("--host", "beta")):
+            assert lab.run(*arguments).status == 0
+        loaded = [line.split() for line in (lab.home / "loaded").read_text().splitlines()]
+        assert [host for host, _ in loaded] == ["alpha", "beta", "alpha", "alpha", "beta"]
+        assert loaded[-1][1] == wucme.facts(lab.pair()[0]).fingerprint
+
+    @pytest.mark.pebble
+    @pytest.mark.servers
+    def test_without_a_common_directory_one_orders_each_answers_and_the_pair_is_handed_on(
+            self, inside: Host, pebble: testbed.Pebble, public: Path) -> None:
+        found = re.search(r"(?s)### Cluster without a common directory.*?```ini\n(.*?)```.*?```ini\n(.*?)```", README)
+        assert found
+        (public / "second").mkdir()
+        second = Host(public / "second", pebble.directory_url, pebble.ca_file)
+        first, other = (text.replace("+nginx", f"$ echo {number} >> {public}/loaded")
+                        for number, text in enumerate(found.groups(), 1))
+        first = first.replace("scp -p", "cp -p").replace("root@node2:/etc/wucme/", f"{second.directory}/")
+        first = first.replace("ssh root@node2 /usr/local/sbin/wucme.py", shlex.join(second.command()))
+        for host, text in ((inside, first), (second, other)):
+            host.ini.write_text(text + "".join(f"{key} = {host.settings[key]}\n" for key in
+                                               ("directory", "server", "ca_file", "agree", "host")))
+        print_of_account = inside.run("thumbprint").out.splitlines()[0]
+        answer_all = (f"server {{ listen 127.0.0.1:{pebble.http_port};\nlocation ~ /([^/]+)$ {{ "
+                      f"return 200 $1.{print_of_account}; }} }}")
+        with testbed.PlainWeb(public / "web", "nginx", answer_all, pebble.http_port):
+            assert inside.run("issue", "www.example.org").status == 0
+            assert second.pair("www.example.org") == inside.pair("www.example.org")
+            assert inside.run("renew", "--force").status == 0
+        assert second.pair("www.example.org") == inside.pair("www.example.org")
+        assert mode(second.key("www.example.org")) == 0o600
+        assert (public / "loaded").read_text().split() == ["1", "2"] * 2
+        assert second.run().status == 0
 
 
 @pytest.mark.process

@@ -361,7 +361,9 @@ def network_reason(error: Exception, timeout: float) -> str:
         return f"the name does not resolve ({error.strerror})"
     if isinstance(error, (TimeoutError, socket.timeout)):
         return f"no whole answer within {timeout:g} s"
-    return sentence(error) if isinstance(error, OSError) else printable(str(error) or type(error).__name__)
+    text = sentence(error) if isinstance(error, OSError) else printable(str(error) or type(error).__name__)
+    refused = re.match("Tunnel connection failed: 40[17]", text)        # says http.client; tinyproxy has 401 too
+    return f"{text}; set proxy = http://USER:PASSWORD@HOST:PORT" if refused else text
 
 
 class Http:
@@ -370,6 +372,7 @@ class Http:
     def __init__(self, timeout: float, ca_file: str = "", proxy: str = "") -> None:
         self.timeout = timeout
         self.proxy = proxy
+        self.through = ""               # the proxy of the last connection, for messages
         self.context = tls_context(ca_file)
         self.kept: dict[str, http.client.HTTPSConnection] = {}
 
@@ -378,7 +381,7 @@ class Http:
         import http.client
         import urllib.parse
         import urllib.request
-        proxy = self.proxy
+        proxy, self.through = self.proxy, ""
         if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
             proxy = urllib.request.getproxies().get("https", "")
         if not proxy or proxy == "none":
@@ -386,6 +389,7 @@ class Http:
         by = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
         if by.scheme not in ("", "http") or not by.hostname:
             raise NetworkError(f"proxy {by.hostname or proxy}: only http://HOST:PORT can be used")
+        self.through = f" through the proxy {by.hostname}:{by.port or 3128}"
         connection = http.client.HTTPSConnection(by.hostname, by.port or 3128, timeout=self.timeout,
                                                  context=self.context)
         headers = {}
@@ -414,7 +418,8 @@ class Http:
                 self.drop(at.netloc)
                 # A kept connection may have been closed meanwhile: once more on a new one.
                 if not kept or isinstance(error, (TimeoutError, socket.timeout)):
-                    raise NetworkError(f"cannot reach {at.netloc}: {network_reason(error, self.timeout)}") from error
+                    raise NetworkError(f"cannot reach {at.netloc}{self.through}: "
+                                       f"{network_reason(error, self.timeout)}") from error
 
     def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None,
                 headers: Mapping[str, str]) -> Response:
@@ -2628,6 +2633,7 @@ class Listener:
                     # A host without IPv6 listens on IPv4 alone.
                     if host or family != socket.AF_INET6 or error.errno in (errno.EADDRINUSE, errno.EACCES):
                         raise
+                    log(f"no IPv6 on port {place.port}: {error.strerror}; listening on IPv4 alone")
         except OSError as error:
             self.close()
             raise ChallengeError(listen_reason(host, place.port, error), place.kind) from error

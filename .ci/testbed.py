@@ -1144,6 +1144,93 @@ class PlainWeb(Server):
         )
 
 
+class ForwardProxy(Server):
+    """An HTTP proxy for CONNECT, squid or tinyproxy, at these addresses; it may want a user and password."""
+
+    def __init__(
+        self, directory: Path, kind: str, user: str = "", password: str = "", addresses: Sequence[str] = ("127.0.0.1",)
+    ) -> None:
+        super().__init__(directory)
+        self.kind, self.user, self.password, self.addresses = kind, user, password, addresses
+        self.port = free_ports(1)[0]
+        self.access = self.directory / "access.log"
+
+    def _squid(self) -> Iterator[str]:
+        """Writes squid's configuration."""
+        yield from (f"http_port {address}:{self.port}" for address in self.addresses)
+        yield "pid_filename none\ncache deny all\nnetdb_filename none\npinger_enable off\nshutdown_lifetime 0 seconds"
+        yield f"visible_hostname localhost\ncoredump_dir {self.directory}\ncache_log {self.directory}/cache.log"
+        yield f"access_log stdio:{self.access}\ndns_nameservers 127.0.0.1"
+        if self.user:
+            known = self.directory / "passwords"
+            coded = subprocess.check_output([program("openssl"), "passwd", "-apr1", self.password], text=True)
+            known.write_text(f"{self.user}:{coded}")
+            yield f"auth_param basic program /usr/lib/squid/basic_ncsa_auth {known}"
+            yield "auth_param basic children 1 startup=1\nacl known proxy_auth REQUIRED\nhttp_access allow known"
+        yield "http_access deny all" if self.user else "http_access allow all"
+
+    def _tinyproxy(self) -> Iterator[str]:
+        """Writes tinyproxy's configuration."""
+        yield from (f"Listen {address}" for address in self.addresses)
+        yield f'Port {self.port}\nTimeout 10\nMaxClients 20\nLogFile "{self.access}"\nLogLevel Connect'
+        yield f"BasicAuth {self.user} {self.password}" if self.user else ""
+
+    def _start(self) -> None:
+        """Writes the configuration and starts the proxy."""
+        self.directory.chmod(0o777)     # squid writes as a user of its own
+        config = self.directory / "proxy.conf"
+        lines = {"squid": self._squid, "tinyproxy": self._tinyproxy}[self.kind]()
+        config.write_text("\n".join(lines) + "\n")
+        options = {"squid": ["-N", "-f", str(config)], "tinyproxy": ["-d", "-c", str(config)]}[self.kind]
+        self._run(self.kind, [program(self.kind), *options], lambda: connects(self.port))
+
+    def url(self, user: str = "", password: str = "") -> str:
+        """Returns how it is named in settings."""
+        return f"http://{f'{user}:{password}@' if user else ''}{self.addresses[-1]}:{self.port}"
+
+    def used(self) -> int:
+        """Returns how many connections it was asked for."""
+        return self.access.read_text(errors="replace").count("CONNECT localhost:") if self.access.exists() else 0
+
+
+class Node(NamedTuple):
+    """A host of its own: a command to start programs on it by, its address, and ours on the wire between."""
+
+    within: list[str]
+    address: str
+    gateway: str
+
+
+@contextlib.contextmanager
+def nodes(directory: Path, count: int) -> Iterator[list[Node]]:
+    """Makes hosts as network namespaces, each with one wire to this machine and no other way out."""
+    ip, enter = program("ip"), program("nsenter")
+    if not _AS_ROOT:
+        raise Missing("only root may make network namespaces")
+    own, net = os.readlink("/proc/self/ns/net"), random.randint(0, 255)
+    with contextlib.ExitStack() as stack:
+        found = []
+        for number in range(count):
+            holder = stack.enter_context(running([program("unshare"), "-n", "sleep", "1000"], directory / "node.log"))
+            until_ready(holder, directory / "node.log", functools.partial(_differs, holder.pid, own))
+            gateway, address = (f"198.18.{net}.{4 * number + end}" for end in (1, 2))
+            within, wire = [enter, "-t", str(holder.pid), "-n"], f"wu{os.getpid() % 10**7}-{number}"
+            commands = [[ip, "link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", str(holder.pid)],
+                        [ip, "addr", "add", f"{gateway}/30", "dev", wire], [ip, "link", "set", wire, "up"],
+                        [*within, ip, "addr", "add", f"{address}/30", "dev", "eth0"],
+                        [*within, ip, "link", "set", "eth0", "up"], [*within, ip, "link", "set", "lo", "up"]]
+            for command in commands:
+                subprocess.run(command, check=True)
+            found.append(Node(within, address, gateway))
+        yield found
+
+
+def _differs(pid: int, own: str) -> None:
+    """Raises OSError as long as a process is in our own network namespace."""
+    if os.readlink(f"/proc/{pid}/ns/net") == own:
+        raise ConnectionError("not yet")
+
+
 class _Hello(socketserver.BaseRequestHandler):
     """Shakes hands with the certificate of the moment and says hello."""
 
