@@ -3764,7 +3764,7 @@ LAYERS: dict[int, tuple[str, set[int]]] = {
     12: ("report", {1, 7}),
     13: ("run", set(range(1, 13))),
     14: ("diagnosis", set(range(1, 14))),
-    15: ("uacme", set(range(1, 14))),
+    15: ("uacme", set(range(1, 15))),
     16: ("command line", set(range(1, 16))),
 }
 
