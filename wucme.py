@@ -6228,6 +6228,9 @@ def uacme(argv: Sequence[str], world: World) -> int:
     try:
         command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
         call = understand_call(argv, world._replace(command=command))
+        for path in (os.path.abspath(__file__), call.top or call.settings.run.directory):
+            if fault := anyone_may_write(path):
+                raise SettingsError(fault)
         with contextlib.closing(call.clients):
             status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
     except (WucmeError, OSError) as error:
