@@ -2519,6 +2519,16 @@ class TestRequests:
         assert wucme.request_facts(request())[1] == ()
         assert wucme.key_of(request("a.example")) == KEY_HASH == wucme.key_of(wucme.key_pem(KEY))
 
+    @pytest.mark.parametrize("others", [(), ("b.example",), ("a.example", "b.example")])
+    def test_its_common_name_is_one_of_its_names(self, others: tuple[str, ...]) -> None:
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "A.example")])
+        made = x509.CertificateSigningRequestBuilder().subject_name(subject)
+        if others:
+            names = x509.SubjectAlternativeName([x509.DNSName(name) for name in others])
+            made = made.add_extension(names, critical=False)
+        pem = made.sign(KEY, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        assert set(wucme.request_facts(pem)[1]) == {"a.example", *others}
+
     @pytest.mark.parametrize("pem", [b"", b"x", wucme.key_pem(KEY), request("a.example").replace(b"M", b"N", 40),
                                      request("a.example")[:-40]], ids=brief)
     def test_what_is_no_request_is_refused_in_one_line(self, pem: bytes) -> None:
@@ -3782,7 +3792,7 @@ LAYERS: dict[int, tuple[str, set[int]]] = {
     12: ("report", {1, 7}),
     13: ("run", set(range(1, 13))),
     14: ("diagnosis", set(range(1, 14))),
-    15: ("uacme", set(range(1, 14))),
+    15: ("uacme", set(range(1, 15))),
     16: ("command line", set(range(1, 16))),
 }
 
@@ -7701,6 +7711,7 @@ class TestLikeUacme:
         for twin in twins:
             recorder(twin.home, "[ $1 = begin ] && kill -9 $$; true\n")
             assert twin.run(["-h", "{home}/hook", "issue", "killed.test"]).status == 2
+            assert sum(" killed.test " in call and "begin" in call for call in arguments(twin.home / "hook")) == 1
         assert twins.theirs.files() == twins.ours.files()
 
     def test_signing_requests(self, twins: Twins) -> None:

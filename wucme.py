@@ -21,6 +21,7 @@ SYNOPSIS
                                       the account at the (first) CA; --server names another
   wucme.py thumbprint                 print the account key's thumbprint, and what makes web servers
                                       answer every challenge with it (stateless = yes)
+  wucme.py --uacme ...                everything behind it is for uacme 1.8's command line: see UACME
 
 DESCRIPTION
   One run reads the settings, takes the lock of the directory, cleans up after a killed run, looks
@@ -101,6 +102,14 @@ SECURITY
   Keys are 0600 from the first byte, copies of them have their mode and owner from the first byte; an
   ini, a script, a procedure or a directory that anyone may write is refused, and one warning names
   what a group or another user may change.
+
+UACME
+  wucme.py --uacme takes the options and commands of uacme 1.8 (new, update, deactivate, newkey,
+  issue, check, revoke) and does what that does: in its directory (-c, else /etc/ssl/uacme), with its
+  files and modes, its hook's calls, its environment and its exit status: 0 done, 1 not due, 2 failed;
+  for check 0 is due and 1 is not. A cron line changes by one word, and back. It reads no ini, loads
+  nothing, and remembers nothing between runs. Without -c and without /etc/ssl/uacme, where the current
+  directory or wucme's own holds wucme_k_account.pem, it works on that one, by the ini.
 
 READING ORDER
   The file reads upward: a section uses only what stands above it.
@@ -6225,6 +6234,9 @@ def uacme(argv: Sequence[str], world: World) -> int:
     try:
         command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
         call = understand_call(argv, world._replace(command=command))
+        for path in (os.path.abspath(__file__), call.top or call.settings.run.directory):
+            if fault := anyone_may_write(path):
+                raise SettingsError(fault)
         with contextlib.closing(call.clients):
             status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
     except (WucmeError, OSError) as error:
