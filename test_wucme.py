@@ -3763,13 +3763,16 @@ class TestDiagnosis:
         ("problem", "this host's clock is 3600 s behind the CA's: set it", -3600)])
     def test_the_ca_and_its_clock(self, fake: fakeca.FakeCA, tmp_path: Path, level: str, text: str, late: int) -> None:
         settings = wucme.read_settings(wucme.NOWHERE, {"directory": str(tmp_path), "server": fake.url,
-                                                       "ca_file": str(fake.ca_file)})
+                                                       "ca_file": str(fake.ca_file), "agree": "yes"})
         issuers: dict[str, Sequence[str]] = {}
         world = wucme.REAL._replace(now=lambda: float(int(time.time())) + late)
         found = list(wucme.about_server(settings, fake.url, world, issuers))
         assert [one.level for one in found] == [level]
         assert text in re.sub(r"3(599|601)", "3600", found[0].text)
         assert issuers == {fake.url: ["fakeca.example"]}
+        unasked = settings._replace(other_server=settings.other_server._replace(agree=False))
+        assert told(wucme.about_server(unasked, fake.url, world, issuers))[1:] == [
+            f"note {fake.url}: no account yet: the first order asks whether you agree to its terms (agree = yes)"]
 
 
 # --- shape: what holds of the script as a whole ------------------------------------------------

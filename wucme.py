@@ -5574,7 +5574,7 @@ def about_server(settings: Settings, word: str, world: World, issuers: dict[str,
             issuers[word] = [str(one).lower() for one in told] if isinstance(told, list) else []
             date = client.send("GET", client.url).headers.get("Date") or ""
     except WucmeError as error:
-        yield Finding(PROBLEM, word, f"{error}; look at this host's network, proxy and DNS")
+        yield Finding(PROBLEM, word, f"{error}; look at this host's network, proxy, DNS and clock")
         return
     try:
         late = email.utils.parsedate_to_datetime(date).timestamp() - world.now()
@@ -5585,7 +5585,7 @@ def about_server(settings: Settings, word: str, world: World, issuers: dict[str,
                       "the CA's: set it, or new certificates are refused as not valid now")
     else:
         yield Finding(OK, word, f"{server.url} answers, and its clock agrees")
-    if server.ca_file == "" and not server.agree and not os.path.exists(account_of(settings, word).state):
+    if not server.agree and not os.path.exists(account_of(settings, word).state):
         yield Finding(NOTE, word, "no account yet: the first order asks whether you agree to its terms (agree = yes)")
 
 
