@@ -6677,6 +6677,7 @@ class TestCheck:
                  for address in addresses]
         hosts.write_text("".join(lines))
         mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        testbed.need(*testbed.MOUNTS)
         done = subprocess.run(
             [testbed.program("unshare"), "-m", "sh", "-c", mount, str(hosts), *lab.command("check", *arguments)],
             env={**lab.environment, **({"PATH": path} if path else {})}, capture_output=True, text=True, timeout=60,

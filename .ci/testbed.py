@@ -63,6 +63,16 @@ def program(name: str) -> str:
     return found
 
 
+def need(*command: str) -> None:
+    """Tries a command that a container may forbid even to root."""
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        raise Missing(f"not allowed here: {shlex.join(command)}")
+
+
+MOUNTS = ("unshare", "-m", "sh", "-c", "mount --bind /tmp /tmp")
+WIRES = ("unshare", "-n", "ip", "link", "add", "wire0", "type", "veth", "peer", "name", "wire1")
+
+
 @functools.cache
 def _setup(what: str) -> tuple[bool, str]:
     """Asks `.ci/setup` once for a program, and returns whether it was got, and where it is or the reason."""
@@ -739,6 +749,8 @@ class CaddyCA(Server):
             lines = ["127.0.0.1 localhost", *(f"{self.tls_address} {name}" for name in self.tls_names)]
             hosts.write_text("\n".join(lines) + "\n")
             mount = 'mount --bind "$0" /etc/hosts && exec "$@"'
+            need(*MOUNTS)
+            need(*MOUNTS)
             command = [program("unshare"), "-m", "sh", "-c", mount, str(hosts), *command]
         home = str(self.directory)
         environment = {"PATH": SYSTEM_PATH, "HOME": home, "XDG_DATA_HOME": home, "XDG_CONFIG_HOME": home,
@@ -1075,6 +1087,8 @@ class Sshd(Server):
         command = [server, "-D", "-e", "-f", str(self.directory / "sshd_config")]
         if os.geteuid() == 0:
             script = 'mount -t tmpfs none /run; mkdir -m 755 /run/sshd; exec "$@"'
+            need(*MOUNTS)
+            need(*MOUNTS)
             command = [program("unshare"), "-m", "sh", "-c", script, "sh", *command]
         self._run("sshd", command, lambda: connects(self.port))
 _NGINX_PATHS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -1207,6 +1221,8 @@ def nodes(directory: Path, count: int) -> Iterator[list[Node]]:
     ip, enter = program("ip"), program("nsenter")
     if not _AS_ROOT:
         raise Missing("only root may make network namespaces")
+    need(*WIRES)
+    need(*WIRES)
     own, net = os.readlink("/proc/self/ns/net"), random.randint(0, 255)
     with contextlib.ExitStack() as stack:
         found = []
