@@ -1128,6 +1128,14 @@ class TestFiles:
         planted = Path(wucme.plant(str(root), ["b"], "token", b"y"))
         assert (planted.is_symlink(), planted.stat().st_uid, (other / "victim").exists()) == (False, owner, False)
 
+    def test_what_others_may_change_is_not_ours_alone(self, tmp_path: Path) -> None:
+        key, link = tmp_path / "key", tmp_path / "link"
+        key.touch(0o600)
+        link.symlink_to(key)
+        assert wucme.ours_alone(str(key))
+        key.chmod(0o620)
+        assert not any(wucme.ours_alone(str(path)) for path in (key, link, tmp_path, tmp_path / "none"))
+
     def test_a_directory_may_be_made_by_several_workers_at_once(self, tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
         answers, real = iter([False, True]), os.path.isdir

@@ -1027,6 +1027,15 @@ def others_may_write(path: str) -> str:
     return ""
 
 
+def ours_alone(path: str) -> bool:
+    """Whether a file is root's or ours, and no link, and no group may write it; its directory is another question."""
+    try:
+        about = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(about.st_mode) and about.st_uid in (0, os.geteuid()) and not about.st_mode & stat.S_IWGRP
+
+
 def open_append(path: str) -> int:
     """The descriptor of a regular file to add lines to, private if it is new; OSError if it is anything else."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -4526,12 +4535,12 @@ def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inven
     for entry in inventory.entries.values():
         for text in dict.fromkeys(text for text in entry.wanted.load if text[0] == ">"):
             path = destination(items[text], entry)
-            where = settings.source.where(settings.lists[text], "load", text)
-            if os.path.dirname(path) == settings.run.directory:
-                raise SettingsError(f"{where}: {printable(text)}: {path} is in wucme's own directory")
-            if path in taken:
-                raise SettingsError(f"{where}: {printable(text)}: {path} would be written for {taken[path]} and for "
-                                    f"{entry.title}; put {{name}} into it, or the item into the section of one")
+            fault = f"{path} is in wucme's own directory" if os.path.dirname(path) == settings.run.directory else \
+                f"{path} would be written for {taken[path]} and for {entry.title}; put {{name}} into it, or the item " \
+                "into the section of one" if path in taken else ""
+            if fault:
+                where = settings.source.where(settings.lists[text], "load", text)
+                raise SettingsError(f"{where}: {printable(text)}: {fault}")
             taken[path] = entry.title
 
 
@@ -5137,7 +5146,9 @@ def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Itera
                    ledger: Ledger) -> Iterator[Outcome]:
     """One warning, news once, if root trusts what a group or another user may change."""
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
-    paths = [__file__, settings.source.path or __file__, settings.run.directory, *(entry.key for entry in entries),
+    home = settings.run.directory
+    paths = [__file__, settings.source.path or __file__, home,
+             *(entry.key for entry in entries if os.path.dirname(entry.key) != home or not ours_alone(entry.key)),
              *(scope.hook.begin[0] for scope in scopes if scope.hook),
              *(item.argv[0] for item in items.values() if item.text[0] == "@")]
     found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
