@@ -1128,6 +1128,22 @@ class TestFiles:
         planted = Path(wucme.plant(str(root), ["b"], "token", b"y"))
         assert (planted.is_symlink(), planted.stat().st_uid, (other / "victim").exists()) == (False, owner, False)
 
+    def test_who_may_not_give_files_away_keeps_what_is_planted(self, tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "fchown", refuse)
+        assert Path(wucme.plant(str(tmp_path), ["a"], "token", b"one")).read_bytes() == b"one"
+
+    @pytest.mark.parametrize(("fault", "told"), [("file", True), ("loop", True), ("long", False)])
+    def test_a_link_is_blamed_only_where_it_may_be_one(self, tmp_path: Path, fault: str, told: bool) -> None:
+        (tmp_path / "file").touch()
+        (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(wucme.FileError) as met:
+            wucme.plant(str(tmp_path), [{"long": "x" * 300}.get(fault, fault)], "token", b"one")
+        assert ("a link" in str(met.value)) == told
+
     def test_what_others_may_change_is_not_ours_alone(self, tmp_path: Path) -> None:
         key, link = tmp_path / "key", tmp_path / "link"
         key.touch(0o600)
@@ -2328,7 +2344,7 @@ def wanted(**changes: Any) -> wucme.CertificateScope:
 class TestWays:
     @pytest.mark.parametrize(("changes", "kind", "ways"), [
         ({}, HTTP, ("listen",)), ({}, TLS, ("listen_tls",)), ({}, DNS, ()), ({}, PERSIST, ("record",)),
-        ({"listen": ()}, HTTP, ("tokens",)), ({"listen": (("", 81),)}, HTTP, ("listen",)),
+        ({"listen": ()}, HTTP, ()), ({"listen": (("", 81),)}, HTTP, ("listen",)),
         ({"listen_tls": ()}, TLS, ()),
         ({"webroot": ("/w",)}, HTTP, ("webroot",)), ({"stateless": True}, HTTP, ("stateless",)),
         ({"webroot": ("/w",), "listen": (("", 81),)}, HTTP, ("listen", "webroot")),
@@ -2339,7 +2355,7 @@ class TestWays:
     ])
     def test_what_is_set_answers_else_a_hook_else_a_listener(
             self, changes: dict[str, Any], kind: str, ways: tuple[str, ...]) -> None:
-        assert wucme.ways(wanted(**changes), kind) == ways
+        assert wucme.ways(wanted(**changes), kind) == (("tokens", *ways) if kind == HTTP else ways)
 
     @pytest.mark.parametrize(("changes", "kind", "places"), [
         ({}, HTTP, [place("", 80)]), ({}, TLS, [place("", 443, TLS)]), ({}, DNS, []), ({"webroot": ("/w",)}, HTTP, []),
@@ -2909,17 +2925,38 @@ class TestClient:
         "status": "ready", "identifiers": [{"type": "dns", "value": "A.example"}],
         "authorizations": ["https://ca.test:14000/a"], "finalize": "https://ca.test:14000/f"}
 
+    def parsed(self, **change: Any) -> wucme.Order:
+        """The order, with a change, as it is understood."""
+        body = json.dumps({**self.ORDER, **change}).encode()
+        made = client()
+        made.world = wucme.REAL
+        return made.parse_order("https://ca.test:14000/o", response(200, body, Retry_After="7"), ["a.example"])
+
     def test_an_order(self) -> None:
-        assert client().parse_order("https://ca.test:14000/o", self.ORDER, ["a.example"]) == wucme.Order(
-            "https://ca.test:14000/o", "ready", ("https://ca.test:14000/a",), "https://ca.test:14000/f", "", {})
+        assert self.parsed() == wucme.Order("https://ca.test:14000/o", "ready", ("https://ca.test:14000/a",),
+                                            "https://ca.test:14000/f", "", {}, 7.0)
 
     @bounded
     @given(change=st.dictionaries(st.sampled_from(["status", "identifiers", "authorizations", "finalize", "certificate",
                                                    "error"]), deep_values))
     def test_any_order_is_one_or_is_refused(self, change: dict[str, Any]) -> None:
         with contextlib.suppress(wucme.NetworkError):
-            found = client().parse_order("https://ca.test:14000/o", {**self.ORDER, **change}, ["a.example"])
-            assert wucme.problem_text(found.error).isprintable()
+            assert wucme.problem_text(self.parsed(**change).error).isprintable()
+
+    @pytest.mark.parametrize(("waits", "slept"), [
+        ([0.0, 0.0, 0.0], [0.0, 0.25, 0.5]), ([3.0], [3.0]), ([0.0, 9.0, 0.0], [0.0, 9.0, 0.5]),
+        ([3600.0], []), ([0.0, 3600.0], [0.0]),
+    ])
+    def test_an_order_is_looked_at_when_the_ca_wants_it_else_soon(self, waits: list[float], slept: list[float]) -> None:
+        made, order = client(), self.parsed()
+        found: list[float] = []
+        made.world = wucme.REAL._replace(sleep=found.append, monotonic=lambda: sum(found))
+        looks = [*(order._replace(status="processing", wait=wait) for wait in waits), order]
+        made.fetch_order = lambda *_: looks.pop(0)      # type: ignore[method-assign]
+        in_time = contextlib.nullcontext() if max(waits) < 60 else pytest.raises(wucme.NetworkError, match="deadline")
+        with in_time:
+            assert made.settle(looks.pop(0), ["a.example"], ["processing"], 60.0) == order
+        assert found == slept
 
     @bounded
     @given(change=st.dictionaries(st.sampled_from(["status", "identifier", "challenges"]), deep_values | st.lists(
@@ -2953,7 +2990,7 @@ class TestClient:
     ])
     def test_an_order_that_is_not_ours_is_refused(self, change: dict[str, Any]) -> None:
         with pytest.raises(wucme.NetworkError):
-            client().parse_order("https://ca.test:14000/o", {**self.ORDER, **change}, ["a.example"])
+            self.parsed(**change)
 
 
 # --- 10. store ---------------------------------------------------------------------------------

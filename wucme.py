@@ -251,6 +251,7 @@ def sentence(error: BaseException) -> str:
 # of it travels as one value, World, so that a test can hand in another.
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
+# Times in what a program prints: a failure that only differs in them is no news.
 STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
 AT_ONCE = 10                    # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
@@ -1056,11 +1057,16 @@ def read_json(path: str) -> Json:
 
 
 def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
-    """Put a new public file into a directory of somebody else's, below some steps; its path.
+    """Put a new public file into a directory that may be somebody else's, below some steps; its path.
 
     It goes from descriptor to descriptor, so that nobody who may write there can lead it elsewhere: a link is followed
-    only where none but root and we could have made it.
+    only where none but root and we could have made it. It lives for a moment only, and is not flushed to the disk.
     """
+    def give(descriptor: int, mode: int) -> None:
+        os.fchmod(descriptor, mode)
+        with contextlib.suppress(PermissionError):      # not root: ours then
+            os.fchown(descriptor, whose.st_uid, whose.st_gid)
+
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     at = os.open(base, flags)
     try:
@@ -1075,20 +1081,19 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
             os.close(at)
             at = inner
             if made and os.fstat(at).st_uid == os.geteuid():
-                os.fchmod(at, 0o755)
-                os.fchown(at, whose.st_uid, whose.st_gid)
+                give(at, 0o755)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=at)
         new = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=at)
         try:
             write_all(new, data)
-            os.fchmod(new, 0o644)
-            os.fchown(new, whose.st_uid, whose.st_gid)
+            give(new, 0o644)
         finally:
             os.close(new)
     except OSError as error:
-        raise FileError(f"{os.path.join(base, *below, name)}: {error.strerror} (a link that another user could have "
-                        "made is not followed)") from error
+        link = " (a link that another user could have made is not followed)"
+        raise FileError(f"{os.path.join(base, *below, name)}: {error.strerror}"
+                        + link * (error.errno in (errno.ELOOP, errno.ENOTDIR))) from error
     finally:
         os.close(at)
     return os.path.join(base, *below, name)
@@ -2362,7 +2367,7 @@ def dates(decision: Decision, now: float) -> str:
 
 
 # === 8. challenges: how the CA's question is answered ==========================================
-# Each way to answer is a context: what it publishes is there while it is open, and gone afterwards.
+# Each way to answer notes what it is about to publish; what is noted is undone at the end, or by the next run.
 # The listeners answer from memory and by exact name; their sockets have a deadline, the oldest goes first.
 
 WELL_KNOWN = "/.well-known/acme-challenge/"
@@ -2445,9 +2450,8 @@ class Answers:
         self.heard: set[str] = set()
 
     def publish(self, token: str, text: str, asked: threading.Event) -> None:
-        """Answer this token from now on; the event is set whenever it is asked for."""
-        make_directory(self.directory)
-        create(os.path.join(self.directory, token), text.encode(), OURS._replace(mode=0o644))
+        """Answer this token from now on; the event is set when it is asked for."""
+        plant(os.path.dirname(self.directory), [os.path.basename(self.directory)], token, text.encode())
         self.texts[token], self.asked[token] = text, asked
 
     def withdraw(self, token: str) -> None:
@@ -2684,16 +2688,15 @@ def respond(environ: Mapping[str, str]) -> bytes:
 
 
 def ways(wanted: CertificateScope, kind: str) -> tuple[str, ...]:
-    """The settings of a certificate that answer a challenge type: what is set, else a hook, else a listener."""
+    """How a challenge type is answered for a certificate: by what is set for it, else a hook, else a listener."""
     about = CHALLENGES[kind]
-    said = tuple(way for way in about.ways if getattr(wanted, way, True))
-    if said:
-        return said
-    if wanted.hook and kind in DIALECTS[wanted.hook.family].values:
-        return ("hook",)
-    if about.port and getattr(wanted, about.ways[0]) is None:
-        return about.ways[:1]
-    return ("tokens",) if kind == "http-01" else ()     # listen = none: a web server has this program as CGI script
+    found = tuple(way for way in about.ways if getattr(wanted, way, True))
+    if not found and wanted.hook and kind in DIALECTS[wanted.hook.family].values:
+        found = ("hook",)
+    if not found and about.port and getattr(wanted, about.ways[0]) is None:
+        found = about.ways[:1]
+    # Also with listen = none and nothing else: a web server may have this program as CGI script.
+    return ("tokens", *found) if kind == "http-01" else found
 
 
 def places(wanted: CertificateScope, kind: str) -> list[Place]:
@@ -3094,12 +3097,12 @@ def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
     try:
         for kind in dict.fromkeys(one.kind for one in proofs):
             some = [one for one in proofs if one.kind == kind]
-            for way in [*(["tokens"] if kind == "http-01" else []), *ways(task.wanted, kind)]:
-                try:
-                    if way in WAYS:
+            try:
+                for way in ways(task.wanted, kind):
+                    if way in WAYS:     # stateless and listen need nothing more
                         WAYS[way](task, some, journal)
-                except (WucmeError, OSError) as error:
-                    raise ChallengeError(sentence(error), kind) from error
+            except (WucmeError, OSError) as error:
+                raise ChallengeError(sentence(error), kind) from error
         yield
         verdict = "done"
     finally:
@@ -3158,6 +3161,7 @@ class Order(NamedTuple):
     finalize: str
     certificate: str
     error: Json
+    wait: float                 # seconds before the CA wants to be asked again
 
 
 class Challenge(NamedTuple):
@@ -3501,15 +3505,15 @@ class Client:
             log(f"{names[0]}: the CA does not take the order as a replacement; once more without: {error}")
             response = self.post(self.directory.new_order, payload)
         url = self.own_url(response.headers.get("Location"), "order")
-        return self.parse_order(url, read_object(response, url), names)
+        return self.parse_order(url, response, names)
 
-    def fetch_order(self, url: str, names: Sequence[str]) -> tuple[Order, float]:
-        """An order as it stands now, and the seconds to wait before the next look."""
-        response = self.post(url, None)
-        return self.parse_order(url, read_object(response, url), names), asked_wait(response, self.world.now())
+    def fetch_order(self, url: str, names: Sequence[str]) -> Order:
+        """An order as it stands now."""
+        return self.parse_order(url, self.post(url, None), names)
 
-    def parse_order(self, url: str, found: Json, names: Sequence[str]) -> Order:
+    def parse_order(self, url: str, response: Response, names: Sequence[str]) -> Order:
         """An order, if it is for the names that were asked for and no larger than they need."""
+        found = read_object(response, url)
         parts = found.get("identifiers")
         values = {str(part.get("value")).lower() for part in (parts if isinstance(parts, list) else [])
                   if isinstance(part, dict)}
@@ -3524,7 +3528,7 @@ class Client:
         return Order(url, str(found.get("status")), tuple(self.own_url(one, "authorization") for one in urls),
                      self.own_url(found.get("finalize"), "finalize"),
                      self.own_url(certificate, "certificate") if certificate else "",
-                     error if isinstance(error, dict) else {})
+                     error if isinstance(error, dict) else {}, asked_wait(response, self.world.now()))
 
     def authorization(self, url: str, names: Sequence[str]) -> Authorization:
         """An authorization, with those of its challenges whose types are known here (section 7.5)."""
@@ -3593,30 +3597,35 @@ class Client:
 
     def settle(self, order: Order, names: Sequence[str], busy: Sequence[str], until: float,
                asked: threading.Event | None = None) -> Order:
-        """Look at an order until it leaves the `busy` states; NetworkError at the deadline (section 7.4)."""
-        pause, wait = POLL_SECONDS[0], 0.0
-        while True:
-            if asked is not None and asked.wait(pause):
-                asked.clear()
-                pause = ASKED_SECONDS
-            order, wait = self.fetch_order(order.url, names)
-            if order.status not in busy:
-                return order
-            if self.world.monotonic() + max(wait, pause) > until:
+        """Look at an order until it leaves the `busy` states; NetworkError at the deadline (section 7.4).
+
+        The first look is at once, unless the CA wants it later, or a listener is still to be `asked`.
+        """
+        pause = POLL_SECONDS[0] if asked else 0.0
+        while order.status in busy:
+            if self.world.monotonic() + max(order.wait, pause) > until:
                 raise NetworkError(f"the CA left the order {order.status} until the deadline; a later run goes on "
                                    f"with it ({order.url})")
-            if asked is None or wait:
-                self.world.sleep(max(wait, pause))
-            pause = min(pause * 2, POLL_SECONDS[1])
+            if order.wait or asked is None:
+                self.world.sleep(max(order.wait, pause))
+            elif asked.wait(pause):
+                asked.clear()
+                pause = ASKED_SECONDS
+            order = self.fetch_order(order.url, names)
+            pause = min(pause * 2, POLL_SECONDS[1]) or POLL_SECONDS[0]
+        return order
 
     def abandon(self, order: Order, names: Sequence[str]) -> list[Authorization]:
         """Give up an order: what is still pending of it is deactivated (section 7.5.2); its authorizations as found."""
-        found = [self.authorization(url, names) for url in order.authorizations]
-        for one in found:
-            if one.status == "pending":
+        def give_up(url: str) -> Authorization:
+            found = self.authorization(url, names)
+            if found.status == "pending":
                 with contextlib.suppress(WucmeError):       # a courtesy
-                    self.post(one.url, {"status": "deactivated"})
-        return found
+                    self.post(url, {"status": "deactivated"})
+            return found
+
+        return at_once({url: functools.partial(give_up, url) for url in order.authorizations}, PATIENCE_SECONDS,
+                       self.world)
 
     def complaint(self, order: Order, names: Sequence[str]) -> AcmeError:
         """Why an order turned invalid, name by name."""
@@ -3667,7 +3676,7 @@ def authorize(client: Client, order: Order, task: Task) -> tuple[Order, float]:
         at_once(waiting, until - world.monotonic(), world)
         log(f"{names[0]}: polling order status at {order.url}")
         heard = [challenge for challenge, proof in pending if places(task.wanted, proof.kind)]
-        order = client.settle(order, names, ("pending",), until, task.asked if heard else None)
+        order = client.settle(order._replace(wait=0.0), names, ("pending",), until, task.asked if heard else None)
         if order.status == "invalid":
             if heard:
                 log(f"{names[0]}: " + ("the CA has asked the listener here, and was answered"
@@ -3694,10 +3703,8 @@ def finish(client: Client, order: Order, names: Sequence[str], request: bytes, u
     """Hand in the request of a ready order and fetch the chain (sections 7.4, 7.4.2)."""
     if order.status == "ready":
         log(f"{names[0]}: finalizing order at {order.finalize}")
-        answer = client.post(order.finalize, {"csr": base64url(request)})
-        order = client.parse_order(order.url, read_object(answer, order.url), names)
-    if order.status in ("processing", "ready"):
-        order = client.settle(order, names, ("processing", "ready"), until)
+        order = client.parse_order(order.url, client.post(order.finalize, {"csr": base64url(request)}), names)
+    order = client.settle(order, names, ("processing", "ready"), until)
     if order.status == "invalid":
         raise client.complaint(order, names)
     if order.status != "valid" or not order.certificate:
@@ -4649,7 +4656,7 @@ def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
     client, memory = by.client, entry.memory
     if memory.order and memory.order_server == client.url:
         with contextlib.suppress(AcmeError, ProtocolError):
-            order, _ = client.fetch_order(client.own_url(memory.order, "order"), names)
+            order = client.fetch_order(client.own_url(memory.order, "order"), names)
             if order.status in ("pending", "ready", "processing", "valid"):
                 log(f"{names[0]}: taking up the order {order.url}")
                 return order
@@ -4706,7 +4713,7 @@ def give_up_order(entry: Entry, client: Client, run: RunScope) -> Entry:
     """Forget an order that cannot be finished, here and at the CA."""
     memory = read_memory(state_path(run.directory, entry.name))
     with contextlib.suppress(WucmeError):       # a courtesy
-        order, _ = client.fetch_order(client.own_url(memory.order, "order"), wanted_names(entry))
+        order = client.fetch_order(client.own_url(memory.order, "order"), wanted_names(entry))
         if order.status == "pending":
             client.abandon(order, wanted_names(entry))
     return remember(run.directory, entry._replace(memory=memory, written=memory), order="", order_server="")
