@@ -3957,7 +3957,8 @@ class TestShape:
         outside = {"subprocess", "socket", "http", "ssl", "socketserver"}
         text = "".join(f"{part.section} {ast.unparse(part.node)}\n" for part in PARTS if part.section not in (0, 2, 8))
         assert re.findall(rf"(?m)^.*\b(?:import|from) (?:{'|'.join(outside)})\b.*$", text) == []
-        assert [(use.section, name) for use in uses() if use.section not in (0, 2, 8) for name in use.code & outside] == []
+        assert [(use.section, name) for use in uses() if use.section not in (0, 2, 8)
+                for name in use.code & outside] == []
 
     def test_the_head_says_what_it_needs(self) -> None:
         block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)
@@ -4235,7 +4236,7 @@ class TestPebble:
                    for line in done.lines)
         name = str(old["c"])
         steps = ["certificate management", name, f"loading key from {host.directory}/wucme_k_account.pem",
-                 "fetching directory at ", "making or finding the account at ", "account location: ",
+                 "making or finding the account at ", "account location: ",
                  "x86vms.domain.net: creating new order", "x86vms.domain.net: order URL: ",
                  "x86vms.domain.net: retrieving authorization", "x86vms.domain.net: starting challenge",
                  "x86vms.domain.net: polling order status", "x86vms.domain.net: finalizing order",
@@ -4244,6 +4245,7 @@ class TestPebble:
                  f"renaming {name}_tmp to {name}", "wuCME successful x86vms.domain.net renewal",
                  "load succeeded: + (", f"load succeeded: @{procedure} ("]
         assert [step for step in steps if in_turn(step, done.lines, steps)] == steps
+        assert "fetching directory at " in done.err         # beside what is done here
         assert old["k"].read_bytes() == key
         assert old["c"].read_bytes() != chain
         assert wucme.facts(old["c"].read_bytes()).names == ("x86vms.domain.net",)
@@ -4532,8 +4534,35 @@ class TestCertificationAuthority:
         assert lab.run("renew", "--force").status == 0
         paths = [path.split("/")[1] for _, path, _ in fake.requests]
         assert [path for path, _ in itertools.groupby(paths)] == [
-            "directory", "new-order", "authz", "challenge", "order", "finalize", "cert"]
+            "new-nonce", "new-order", "authz", "challenge", "order", "finalize", "cert"]
         assert fake.connections - before == 1
+
+    @pytest.mark.parametrize(("change", "used"), [
+        (lambda known, _: known, True), (lambda known, _: {**known, "at": known["at"] - 86300}, True),
+        (lambda known, _: {**known, "at": known["at"] - 86401}, False),
+        (lambda known, _: {**known, "at": known["at"] + 60}, False), (lambda known, _: {**known, "at": "x"}, False),
+        (lambda known, url: {**known, "directory": {**known["directory"], "newNonce": f"{url}/moved"}}, False),
+        (lambda known, _: {**known, "directory": {**known["directory"], "newNonce": "https://evil.test/"}}, False),
+        (lambda known, _: {**known, "directory": {}}, False), (lambda *_: [7], False), (lambda *_: None, False),
+    ])
+    def test_a_directory_is_used_for_a_day_while_it_holds(
+            self, fake: fakeca.FakeCA, lab: Host, change: Callable[[Any, str], object], used: bool) -> None:
+        assert lab.run("account", "new").status == 0
+        state = lab.directory / "wucme_s_account.json"
+        found = json.loads(state.read_text())
+        state.write_text(json.dumps({**found, "known": change(found["known"], fake.url.rpartition("/")[0])}))
+        fake.requests.clear()
+        done = lab.run("issue", "a.example.test")
+        assert done.status == 0, done.err
+        assert ("/directory" not in [path for _, path, _ in fake.requests]) == used
+
+    def test_a_directory_is_fetched_again_after_a_refusal(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        assert lab.run("account", "new").status == 0
+        state = lab.directory / "wucme_s_account.json"
+        known = json.loads(state.read_text())
+        known["known"]["directory"]["newOrder"] = f"{fake.url.rpartition('/')[0]}/moved"
+        state.write_text(json.dumps(known))
+        assert [lab.run("issue", "a.example.test").status for _ in range(2)] == [1, 0]
 
     def test_so_many_orders_a_run_and_the_most_urgent_first(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for name, days in (("late", 20), ("later", 25), ("latest", 28)):
@@ -7068,7 +7097,7 @@ class TestHarmLimits:
         assert lab.pair() == before
         fake.misbehave()
         week = 8 * DAY
-        assert by_clock(lab, f"real() + {week} * (sys._getframe(1).f_code.co_name not in ('fetch_directory', 'store', "
+        assert by_clock(lab, f"real() + {week} * (sys._getframe(1).f_code.co_name not in ('check_clock', 'store', "
                              "'conclude'))").status == 0
         assert lab.pair() != before
 
@@ -8028,7 +8057,7 @@ class TestAsUacmeInAFlatDirectory:
         assert self.run(lab, "check", "x86vms.domain.net").status == 0
         done = self.run(lab, "--verbose", "issue", "x86vms.domain.net")
         assert done.status == 0, done.err
-        said = ["expires: 28 renew: -1", "loading key from ", "fetching directory at",
+        said = ["expires: 28 renew: -1", "loading key from ", "using the directory of",
                 "creating new order for x86vms.domain.net", "order URL: ", "retrieving authorization at",
                 "starting challenge at", "polling order status at", "finalizing order at", "retrieving certificate at",
                 f"saving certificate to {chain}_tmp", f"reading private key {key}", f"backed up {chain} as {chain}_20",

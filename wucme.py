@@ -132,7 +132,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union, cast
 
 if TYPE_CHECKING:
     import argparse
@@ -330,6 +330,35 @@ def time_left(until: float) -> float:
     return min(left, 3600.0)
 
 
+@contextlib.contextmanager
+def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """Have something done beside what is done meanwhile, and wait for its end; what it comes to, or raises, is a call.
+
+    On a signal there is no time to wait for it.
+    """
+    ended: list[Any] = []
+
+    def run() -> None:
+        try:
+            ended.append(act())
+        except BaseException as error:
+            ended.append(error)
+
+    def result() -> T:
+        if isinstance(ended[0], BaseException):
+            raise ended[0]
+        return cast(T, ended[0])
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield result
+    except Exception:
+        thread.join()
+        raise
+    thread.join()
+
+
 def timed(kind: Any) -> Any:
     """A kind of socket that gives up at its `until` however slowly bytes drip in."""
     def recv_into(self: Any, *args: Any, **more: Any) -> Any:
@@ -339,6 +368,7 @@ def timed(kind: Any) -> Any:
     return type("Timed", (kind,), {"until": float("inf"), "recv_into": recv_into})
 
 
+@functools.cache
 def tls_context(ca_file: str) -> Any:
     """A verifying TLS context whose sockets give up at their `until`."""
     try:
@@ -388,29 +418,35 @@ class Http:
         self.timeout = timeout
         self.proxy = proxy
         self.through = ""               # the proxy of the last connection, for messages
-        self.context = tls_context(ca_file)
+        self.ca_file = ca_file
+        if ca_file:                     # what is wrong with it is said first
+            tls_context(ca_file)
         self.kept: dict[str, http.client.HTTPSConnection] = {}
 
     def connect(self, host: str, port: int) -> http.client.HTTPSConnection:
-        """A connection object for an origin, direct or by CONNECT."""
-        proxy, self.through = self.proxy, ""
+        """A connection to an origin, direct or by a proxy, before anything is said on it."""
+        proxy, peer, self.through = self.proxy, (host, port), ""
         if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
             proxy = urllib.request.getproxies().get("https", "")
-        if not proxy or proxy == "none":
-            return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=self.context)
-        by = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        if by.scheme not in ("", "http") or not by.hostname:
-            raise NetworkError(f"proxy {by.hostname or proxy}: only http://HOST:PORT can be used")
-        self.through = f" through the proxy {by.hostname}:{by.port or 3128}"
-        connection = http.client.HTTPSConnection(by.hostname, by.port or 3128, timeout=self.timeout,
-                                                 context=self.context)
-        headers = {}
-        if by.username is not None:
-            import base64
-            user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
-            headers["Proxy-Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
-        cast(Any, connection)._create_connection = functools.partial(dial, time.monotonic() + self.timeout)
-        connection.set_tunnel(host, port, headers)
+        headers: dict[str, str] | None = None
+        if proxy and proxy != "none":
+            by = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
+            if by.scheme not in ("", "http") or not by.hostname:
+                raise NetworkError(f"proxy {by.hostname or proxy}: only http://HOST:PORT can be used")
+            peer, headers = (by.hostname, by.port or 3128), {}
+            self.through = f" through the proxy {by.hostname}:{by.port or 3128}"
+            if by.username is not None:
+                import base64
+                user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
+                headers["Proxy-Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+        # To load the trust store takes as long as a round trip.
+        with beside(lambda: http.client.HTTPSConnection(*peer, timeout=self.timeout,
+                                                        context=tls_context(self.ca_file))) as made:
+            plain = dial(time.monotonic() + self.timeout, peer, self.timeout)
+        connection = made()
+        cast(Any, connection)._create_connection = lambda *_: plain
+        if headers is not None:
+            connection.set_tunnel(host, port, headers)
         return connection
 
     def request(self, method: str, url: str, body: bytes | None = None,
@@ -3100,6 +3136,7 @@ def answering(task: Task, proofs: Sequence[Proof]) -> Iterator[None]:
 NONCE_TRIES = 20
 FAULT_TRIES = 3
 PATIENCE_SECONDS = 10.0         # a CA that is out of order for longer is left to the next run
+KNOWN_SECONDS = 86400.0         # how long a CA's directory is used without being fetched again
 CLOCK_SECONDS = 3600.0          # how far our clock and the CA's may differ: CAs date certificates back so far
 POLL_SECONDS = (0.25, 5.0)      # the first and the longest pause between two looks, unless the CA says,
 ASKED_SECONDS = 0.02            # and the first one after the CA has asked for an answer
@@ -3309,11 +3346,13 @@ def alternates(response: Response) -> list[str]:
 
 
 class Client:
-    """One account at one CA; several workers use it, and as many connections as they need at once."""
+    """One account at one CA; several workers use it, and as many connections as they need at once.
 
-    def __init__(self, url: str, world: World, connect: Callable[[], Http]) -> None:
+    It is in touch with the CA when it is made: by its directory, or where that is `known`, by a nonce.
+    """
+
+    def __init__(self, url: str, world: World, connect: Callable[[], Http], known: object = None) -> None:
         import collections
-        import threading
         self.url = url
         self.world = world
         self.connect = connect
@@ -3322,8 +3361,9 @@ class Client:
         self.idle: collections.deque[Http] = collections.deque()
         self.guard = threading.Lock()
         self.nonces: collections.deque[str] = collections.deque(maxlen=64)
+        self.known: Json = {}                   # the directory as the CA sent it and when, for as long as it holds
         try:
-            self.directory = self.fetch_directory()
+            self.directory = self.known_directory(known) or self.fetch_directory()
         except BaseException:
             self.close()
             raise
@@ -3350,8 +3390,22 @@ class Client:
             self.nonces.append(nonce)
         if 300 <= response.status < 400:
             target = printable(response.headers.get("Location") or "nowhere")
-            raise NetworkError(f"{url}: redirects to {target}; redirects are not followed, give the right URL")
+            raise ProtocolError(f"{url}: redirects to {target}; redirects are not followed, give the right URL")
         return response
+
+    def known_directory(self, known: object) -> Directory | None:
+        """The directory as it was not long ago, if the CA still gives nonces by it."""
+        with contextlib.suppress(ProtocolError, AttributeError, KeyError, TypeError):
+            found = cast(Json, known)
+            if 0 <= self.world.now() - found["at"] < KNOWN_SECONDS:
+                directory = self.parse_directory(found["directory"])
+                response = self.send("HEAD", directory.new_nonce)
+                self.check_clock(response)
+                if response.status < 400 and self.nonces:
+                    log(f"using the directory of {gmt(found['at'])} from {self.url}")
+                    self.known = found
+                    return directory
+        return None
 
     def fetch_directory(self) -> Directory:
         """The directory of the CA."""
@@ -3359,11 +3413,20 @@ class Client:
         response = self.send("GET", self.url)
         if response.status != 200:
             raise NetworkError(f"{self.url}: HTTP status {response.status} where an ACME directory should be")
+        self.check_clock(response)
+        found = read_object(response, self.url)
+        self.known = {"at": self.world.now(), "directory": found}
+        return self.parse_directory(found)
+
+    def check_clock(self, response: Response) -> None:
+        """ProtocolError if the CA's clock and ours differ by too much."""
         date = http_date(response.headers.get("Date") or "")
         if date is not None and abs(date - self.world.now()) > CLOCK_SECONDS:
             raise ProtocolError(f"{self.url}: the CA's clock shows {gmt(date)} and this host's "
                                 f"{gmt(self.world.now())}; set the clock, certificates cannot be judged by it")
-        found = read_object(response, self.url)
+
+    def parse_directory(self, found: Json) -> Directory:
+        """A directory, if all that it must name is the CA's own (section 7.1.1)."""
         meta = found.get("meta")
         meta = meta if isinstance(meta, dict) else {}
         profiles = meta.get("profiles")
@@ -3423,6 +3486,7 @@ class Client:
 
     def refusal(self, response: Response, problem: Json, wait: float) -> WucmeError:
         """The error for an answer that says no, or for a CA that is out of order."""
+        self.known = {}             # it may be the directory that is not what it was
         if response.status >= 500 and problem_kind(problem) != "rateLimited":
             return NetworkError(f"{self.url}: the CA is out of order: {problem_text(problem)}")
         kind = problem_kind(problem)
@@ -3477,6 +3541,7 @@ class Client:
     def new_order(self, names: Sequence[str], profile: str = "", replaces: str = "") -> Order:
         """A new order for these names (section 7.4), by a profile, in place of an old certificate (RFC 9773, 5)."""
         if profile and profile not in self.directory.profiles:
+            self.known = {}
             raise SettingsError(f"{self.url}: the CA has no profile {profile}, but "
                             + (", ".join(map(printable, self.directory.profiles)) or "none at all"))
         identifiers = [{"type": "ip" if is_address(name) else "dns", "value": name} for name in names]
@@ -4553,16 +4618,16 @@ def run_mark(now: float) -> str:
 
 
 def note_account(client: Client, account: Account) -> None:
-    """Remember the URL of an account, if that is news."""
-    state = {"directory": client.url, "account": client.account}
+    """Remember the URL of an account and the directory of its CA, if that is news."""
+    state = {"directory": client.url, "account": client.account, "known": client.known}
     if client.account and read_json(account.state) != state:
         replace(account.state, json.dumps(state).encode())
 
 
-def reach(settings: Settings, word: str, world: World) -> Client:
+def reach(settings: Settings, world: World, word: str, known: object = None) -> Client:
     """A client of the CA that a `server` word means, without an account."""
     _, server = find_server(settings, word)
-    return Client(server.url, world, lambda: world.http(settings.run.timeout, server.ca_file, server.proxy))
+    return Client(server.url, world, lambda: world.http(settings.run.timeout, server.ca_file, server.proxy), known)
 
 
 def applicant(server: ServerScope) -> Applicant:
@@ -4623,12 +4688,8 @@ def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world:
     account, server = account_of(settings, word), find_server(settings, word)[1]
     client.key = key
     who = applicant(server)
-    state = read_json(account.state)
     if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
         finish_key_change(client, account, who)
-    if state.get("directory") == server.url:
-        with contextlib.suppress(ProtocolError):
-            client.account = client.own_url(state.get("account"), "account")
     if not client.account and not client.register(who, server.agree):
         sign_up(client, server, who, world)
     note_account(client, account)
@@ -4673,21 +4734,37 @@ def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
     return new_key(entry.wanted.key)
 
 
-def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
-    """Take one certificate through the whole of ACME, with what a killed run needs to go on written down."""
-    client, names = by.client, task.names
-    given = request_facts(read(entry.wanted.csr)) if entry.wanted.csr else None
-    if given and set(given[1]) != set(names):
-        raise PemError(f"{entry.wanted.csr}: asks for {' '.join(given[1]) or 'no name'}, not for {' '.join(names)}")
-    create(f"{entry.chain}_tmp", bytes(1 << 14))    # a disk that takes nothing is met before an order is spent
-    order = start_order(by, entry, names)
-    key = None if given else choose_key(entry, order.url == entry.memory.order)
-    entry = remember(run.directory, entry, order=order.url, order_server=client.url)
-    if key and (not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash):
+class Prepared(NamedTuple):
+    """What an order is finished with: the certificate as it is remembered, its key (None with a CSR), the request."""
+    entry: Entry
+    key: PrivateKey | None
+    request: bytes
+
+
+def prepare(entry: Entry, order: Order, server: str, run: RunScope) -> Prepared:
+    """Choose the key for an order, and write down what a killed run needs to go on with it."""
+    names = wanted_names(entry)
+    key = None if entry.wanted.csr else choose_key(entry, order.url == entry.memory.order)
+    entry = remember(run.directory, entry, order=order.url, order_server=server)
+    if not key:
+        return Prepared(entry, key, request_facts(read(entry.wanted.csr))[0])
+    if not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash:
         create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
         sync_directory(entry.key)
-    order, until = authorize(client, order, task)
-    request = given[0] if given else signing_request(cast("PrivateKey", key), names, entry.wanted.must_staple)
+    return Prepared(entry, key, signing_request(key, names, entry.wanted.must_staple))
+
+
+def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
+    """Take one certificate through the whole of ACME."""
+    client, names = by.client, task.names
+    asked = request_facts(read(entry.wanted.csr))[1] if entry.wanted.csr else names
+    if set(asked) != set(names):
+        raise PemError(f"{entry.wanted.csr}: asks for {' '.join(asked) or 'no name'}, not for {' '.join(names)}")
+    create(f"{entry.chain}_tmp", bytes(1 << 14))    # a disk that takes nothing is met before an order is spent
+    order = start_order(by, entry, names)
+    with beside(functools.partial(prepare, entry, order, client.url, run)) as prepared:
+        order, until = authorize(client, order, task)
+    entry, key, request = prepared()
     first = finish(client, order, names, request, until)
     chain = choose_chain(client, first, entry.wanted.chain or by.server.chain)
     return Obtained(entry, chain, key, client.url)
@@ -4734,50 +4811,67 @@ def preference(entry: Entry, settings: Settings) -> list[str]:
     return words[turn:] + words[:turn]
 
 
+class Once(Generic[T]):
+    """Something for each CA, made when it is first asked for; what fails then, fails all who ask."""
+
+    def __init__(self, make: Callable[[str], T]) -> None:
+        self.make = make
+        self.made: dict[str, T | Exception] = {}
+        self.guard = threading.Lock()
+
+    def __call__(self, word: str) -> T:
+        """It, for the CA that a `server` word means."""
+        with self.guard:
+            if word not in self.made:
+                try:
+                    self.made[word] = self.make(word)
+                except Exception as error:
+                    self.made[word] = error
+            found = self.made[word]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def touch(once: Once[Any], words: Iterable[str]) -> None:
+    """Make what will be needed; what fails here, fails who needs it."""
+    for word in dict.fromkeys(words):
+        with contextlib.suppress(Exception):
+            once(word)
+
+
 class Clients:
-    """The CAs that a run needs, each reached once and entered once; what fails, fails all who need it."""
+    """The CAs that a run needs: `reach` is a client of one, for questions that need no account, `enter` the account."""
 
     def __init__(self, settings: Settings, world: World) -> None:
-        import threading
         self.settings, self.world = settings, world
         self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
-        self.reached: dict[str, Client | Exception] = {}
-        self.entered: dict[str, Opened | Exception] = {}
-        self.guard = threading.RLock()
+        self.reach = Once(self.recall if settings.run.directory else functools.partial(reach, settings, world))
+        self.enter = Once(self.open)
 
-    def once(self, table: dict[str, Any], word: str, make: Callable[[], Any]) -> Any:
-        """What was made for this word, or the error that was met; made when first asked for."""
-        with self.guard:
-            if word not in table:
-                try:
-                    table[word] = make()
-                except Exception as error:
-                    table[word] = error
-            if isinstance(table[word], Exception):
-                raise table[word]
-            return table[word]
+    def recall(self, word: str) -> Client:
+        """A client of a CA, with what is remembered of it."""
+        state = read_json(account_of(self.settings, word).state)
+        if state.get("directory") != find_server(self.settings, word)[1].url:
+            return reach(self.settings, self.world, word)
+        client = reach(self.settings, self.world, word, state.get("known"))
+        with contextlib.suppress(ProtocolError):
+            client.account = client.own_url(state.get("account"), "account")
+        return client
 
-    def reach(self, word: str) -> Client:
-        """A client of a CA, for questions that need no account."""
-        return cast(Client, self.once(self.reached, word, lambda: reach(self.settings, word, self.world)))
-
-    def enter(self, word: str) -> Opened:
+    def open(self, word: str) -> Opened:
         """The account at a CA."""
-        def make() -> Opened:
-            key = account_key(account_of(self.settings, word))
-            return enter(self.settings, word, self.reach(word), key, self.world)
-
-        return cast(Opened, self.once(self.entered, word, make))
+        key = account_key(account_of(self.settings, word))
+        return enter(self.settings, word, self.reach(word), key, self.world)
 
     def close(self) -> None:
         """Close the connections, and remember what became of the accounts."""
-        for client in self.reached.values():
+        for word, client in self.reach.made.items():
             if isinstance(client, Client):
                 client.close()
-        for found in self.entered.values():
-            if isinstance(found, Opened):
-                with contextlib.suppress(OSError):      # the account can be asked for again
-                    note_account(found.client, found.account)
+                if self.settings.run.directory:
+                    with contextlib.suppress(OSError):      # the account can be asked for again
+                        note_account(client, account_of(self.settings, word))
 
 
 def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answers: Answers, run: RunScope) -> Obtained:
@@ -4900,21 +4994,22 @@ def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now
     for entry in later:
         yield entry, Outcome(entry.title, "held")
     answers = Answers(run.directory)
-    listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
-                                         for place in places(entry.wanted, kind)), answers)
-    jobs = []
+    first = {entry.name: preference(entry, settings)[0] for entry in urgent}
+    jobs: list[Job] = []
+    listeners: list[Listener] = []
     try:
-        for entry in urgent:
-            try:
-                kinds = prospects(entry.wanted, check_names(entry), refused)
-                jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, kinds, clients, answers, run),
-                                patience(entry, run)))
-            except WucmeError as error:
-                yield entry, fail(entry, error, run, now)
+        with beside(functools.partial(touch, clients.reach, first.values())):
+            listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
+                                                 for place in places(entry.wanted, kind)), answers)
+            for entry in urgent:
+                try:
+                    kinds = prospects(entry.wanted, check_names(entry), refused)
+                    jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, kinds, clients, answers,
+                                                                  run), patience(entry, run)))
+                except WucmeError as error:
+                    yield entry, fail(entry, error, run, now)
+            touch(clients.enter, (first[job.name] for job in jobs))     # the user may be asked about terms
         entries = {entry.name: entry for entry in urgent}
-        for job in jobs:        # accounts first: the user may be asked about terms; what fails here fails the jobs
-            with contextlib.suppress(Exception):
-                clients.enter(preference(entries[job.name], settings)[0])
         for name, result in gather(jobs, run.workers, clients.world, clients.until):
             yield conclude(entries[name], result, run, now, clients.world)
         with contextlib.suppress(OSError):      # too many backups do no harm
@@ -5571,7 +5666,7 @@ def about_server(settings: Settings, word: str, world: World, issuers: dict[str,
     import email.utils
     _, server = find_server(settings, word)
     try:
-        with contextlib.closing(reach(settings, word, world)) as client:
+        with contextlib.closing(reach(settings, world, word)) as client:
             told = client.directory.meta.get("caaIdentities")
             issuers[word] = [str(one).lower() for one in told] if isinstance(told, list) else []
             date = client.send("GET", client.url).headers.get("Date") or ""
