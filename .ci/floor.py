@@ -46,9 +46,11 @@ class Account:
         self.nonces: collections.deque[str] = collections.deque()
         self.asked: dict[str, threading.Event] = collections.defaultdict(threading.Event)
         self.kid = ""
+        self.directory: Json = {}
         if self.file.exists():
             known = json.loads(self.file.read_text())
             self.key, self.kid = serialization.load_pem_private_key(known["key"].encode(), None), known["kid"]
+            self.directory = known["directory"]
         else:
             self.key = ec.generate_private_key(ec.SECP256R1())
         assert isinstance(self.key, ec.EllipticCurvePrivateKey)
@@ -56,7 +58,7 @@ class Account:
         self.jwk = {"crv": "P-256", "kty": "EC", "x": b64(numbers.x.to_bytes(32, "big")),
                     "y": b64(numbers.y.to_bytes(32, "big"))}
         self.thumbprint = b64(hashlib.sha256(json.dumps(self.jwk, separators=(",", ":")).encode()).digest())
-        self.directory: Json = json.loads(self.request("GET", url)[1])
+        self.directory = self.directory or json.loads(self.request("GET", url)[1])
 
     def request(self, method: str, url: str, body: bytes | None = None) -> tuple[Any, bytes]:
         """Sends one request on a connection that is free, or a new one."""
@@ -95,7 +97,7 @@ class Account:
         headers, _ = self.post(self.directory["newAccount"], {"termsOfServiceAgreed": True})
         pem = self.key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
                                      serialization.NoEncryption()).decode()
-        self.file.write_text(json.dumps({"key": pem, "kid": headers["Location"]}))
+        self.file.write_text(json.dumps({"key": pem, "kid": headers["Location"], "directory": self.directory}))
 
     def start(self, url: str) -> str:
         """Has the CA ask for the proof of one name; the token."""
