@@ -1256,8 +1256,9 @@ class TestKeys:
             found = der(0x30, b"\x02\x01\x00", kind, der(4, found))
         label = b"PRIVATE KEY-----" if plain else b"EC PRIVATE KEY-----"
         pem = b"-----BEGIN " + label + b"\n" + base64.encodebytes(found) + b"-----END " + label + b"\n"
-        for read in (wucme.parse_key, wucme.parse_odd_key):
-            assert wucme.key_hash(read(pem).public_key()) == wucme.key_hash(key.public_key())
+        for found_key in (wucme.parse_key(pem), wucme.parse_odd_key(pem)):
+            assert found_key
+            assert wucme.key_hash(found_key.public_key()) == wucme.key_hash(key.public_key())
 
     @pytest.mark.parametrize(("key", "reason"), [
         (b"", "holds no (whole )?private key"),

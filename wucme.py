@@ -1189,37 +1189,30 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
 CURVES = {"06082a8648ce3d030107": "SECP256R1", "06052b81040022": "SECP384R1", "06052b81040023": "SECP521R1"}
 
 
-def parse_odd_key(pem: bytes) -> PrivateKey:
-    """An EC key whose number is longer or shorter than RFC 5915 asks, as GnuTLS writes it; ValueError for others."""
+def parse_odd_key(pem: bytes) -> PrivateKey | None:
+    """An EC key whose number is longer or shorter than RFC 5915 asks, as GnuTLS writes it; None for others."""
     import base64
-    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
-    at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
-    curve = next((name for oid, name in CURVES.items() if bytes.fromhex(oid) in der), "")
-    number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
-    if not curve:
-        raise ValueError("not an EC key")
-    return ec.derive_private_key(number, getattr(ec, curve)())
-
-
-def load_key(pem: bytes) -> Any:
-    """The private key of a PEM block, also where cryptography is stricter than those who write keys."""
-    try:
-        return serialization.load_pem_private_key(pem, None)
-    except ValueError as error:
-        try:
-            return parse_odd_key(pem)
-        except (ValueError, IndexError):
-            raise error from None
+    with contextlib.suppress(ValueError, IndexError):
+        der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+        at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
+        number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
+        for identifier, curve in CURVES.items():
+            if bytes.fromhex(identifier) in der:
+                return ec.derive_private_key(number, getattr(ec, curve)())
+    return None
 
 
 def parse_key(pem: bytes) -> PrivateKey:
     """An unencrypted EC or RSA private key; PemError where it is none."""
+    found = private_key(pem)
     try:
-        key = load_key(private_key(pem))
+        key: Any = serialization.load_pem_private_key(found, None)
     except TypeError as error:
         raise KeyKindError("the private key is encrypted; wucme needs it in the clear") from error
     except Exception as error:      # cryptography has several of its own for what is no key
-        raise PemError("holds no whole private key" if private_key(pem) else "holds no private key") from error
+        key = parse_odd_key(found)
+        if key is None:
+            raise PemError("holds no whole private key" if found else "holds no private key") from error
     if not isinstance(key, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey)):
         raise KeyKindError(f"a private key of a kind that CAs do not take ({type(key).__name__.strip('_')}); "
                            "put an EC or RSA pair there, or move this one elsewhere")
@@ -1231,7 +1224,7 @@ def new_key(kind: str) -> PrivateKey:
     family, _, size = kind.partition("-")
     if family == "rsa":
         return rsa.generate_private_key(65537, int(size))
-    return ec.generate_private_key(ec.SECP256R1() if size == "p256" else ec.SECP384R1())
+    return ec.generate_private_key(getattr(ec, f"SEC{size.upper()}R1")())
 
 
 def key_pem(key: PrivateKey) -> bytes:
@@ -1245,7 +1238,7 @@ def key_kind(public: Any) -> str:
     if isinstance(public, rsa.RSAPublicKey):
         return f"rsa-{public.key_size}"
     if isinstance(public, ec.EllipticCurvePublicKey):
-        return f"ecdsa-p{public.key_size}"
+        return f"ecdsa-{public.curve.name}".replace("secp", "p").replace("r1", "")
     return type(public).__name__.strip("_")
 
 
@@ -1259,11 +1252,10 @@ def key_hash(public: Any) -> str:
 def validity(certificate: x509.Certificate) -> tuple[float, float]:
     """notBefore and notAfter in seconds since 1970; old releases of cryptography have naive times only."""
     import datetime
-    times = []
-    for field in ("not_valid_before", "not_valid_after"):
-        aware = getattr(certificate, f"{field}_utc", None)
-        times.append((aware or getattr(certificate, field).replace(tzinfo=datetime.timezone.utc)).timestamp())
-    return times[0], times[1]
+    start, end = (getattr(certificate, f"{field}_utc", None)
+                  or getattr(certificate, field).replace(tzinfo=datetime.timezone.utc)
+                  for field in ("not_valid_before", "not_valid_after"))
+    return start.timestamp(), end.timestamp()
 
 
 def extension(certificate: x509.Certificate | x509.CertificateSigningRequest, kind: type[T]) -> T | None:
@@ -1312,22 +1304,20 @@ def base64url(data: bytes) -> str:
 def from_base64url(text: str) -> bytes:
     """The bytes of base64url or base64, padded or not, with blanks in it; ValueError for what is neither."""
     import base64
-    plain = "".join(text.split()).replace("+", "-").replace("/", "_").rstrip("=")
-    return base64.urlsafe_b64decode(plain + "=" * (-len(plain) % 4))
+    plain = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
 def jwk_key(text: bytes) -> PrivateKey:
     """The private key of a JWK (RFC 7517), as certbot keeps its account keys; PemError where it is none."""
     try:
         found = json.loads(text)
-        numbers = {name: int.from_bytes(from_base64url(found[name]), "big")
-                   for name in (("d",) if found["kty"] == "EC" else ("n", "e", "p", "q", "d", "dp", "dq", "qi"))}
+        names = ("d",) if found["kty"] == "EC" else ("p", "q", "d", "dp", "dq", "qi", "e", "n")
+        numbers = [int.from_bytes(from_base64url(found[name]), "big") for name in names]
         if found["kty"] == "EC":
-            curves = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}
-            return ec.derive_private_key(numbers["d"], curves[found["crv"]])
-        public = rsa.RSAPublicNumbers(numbers["e"], numbers["n"])
-        p, q, d, dp, dq, qi = (numbers[name] for name in ("p", "q", "d", "dp", "dq", "qi"))
-        return rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, public).private_key()
+            return ec.derive_private_key(numbers[0], getattr(ec, f"SEC{found['crv'].replace('-', '')}R1")())
+        p, q, d, dp, dq, qi, *public = numbers
+        return rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, rsa.RSAPublicNumbers(*public)).private_key()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PemError("neither a PEM private key nor a whole JWK") from error
 
@@ -1353,13 +1343,19 @@ def facts(chain: bytes) -> Facts:
         raise PemError(f"a certificate that cannot be read: {printable(str(error))[:100]}") from error
 
 
+def is_address(name: str) -> bool:
+    """Whether a name is an IP address."""
+    return ":" in name or name.replace(".", "").isdigit()
+
+
 def host_name(text: str) -> str:
     """A DNS name (with *. before it perhaps) or IP address in the form that CAs want; ValueError if neither."""
-    import ipaddress
     name = text.strip().rstrip(".").lower()
-    with contextlib.suppress(ValueError):
-        if "%" not in name:
-            return str(ipaddress.ip_address(name.strip("[]")))
+    bare = name.strip("[]")
+    if is_address(bare) and "%" not in bare:
+        import ipaddress
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(bare))
     if not name.isascii():
         name = name.encode("idna").decode()
     labels = name[2:].split(".") if name.startswith("*.") else name.split(".")
@@ -1368,18 +1364,17 @@ def host_name(text: str) -> str:
     return name
 
 
-def is_address(name: str) -> bool:
-    """Whether a name is an IP address."""
-    return ":" in name or name.replace(".", "").isdigit()
+def alternatives(names: Iterable[str]) -> x509.SubjectAlternativeName:
+    """The subjectAltName of these names and addresses."""
+    import ipaddress
+    return x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
+                                        else x509.DNSName(name) for name in names])
 
 
 def signing_request(key: PrivateKey, names: Iterable[str], staple: bool = False) -> bytes:
     """A CSR (DER) with an empty subject and exactly these names (RFC 8555, 7.4); `staple`: as RFC 7633 says."""
-    import ipaddress
-    wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
-                                      else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+    builder = builder.add_extension(alternatives(names), critical=False)
     if staple:
         builder = builder.add_extension(x509.TLSFeature([x509.TLSFeatureType.status_request]), critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
@@ -1408,26 +1403,21 @@ def key_of(pem: bytes) -> str:
 def challenge_certificate(name: str, digest: bytes) -> bytes:
     """The certificate, behind its key, that answers tls-alpn-01 for a name or address (RFC 8737 section 3)."""
     import datetime
-    import ipaddress
     key = cast("ec.EllipticCurvePrivateKey", new_key("ecdsa-p256"))
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(1)
     subject = x509.Name([])
-    wanted = x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name)
     proof = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31"), b"\x04\x20" + digest)
     builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number(),
-                                      now - datetime.timedelta(1), now + datetime.timedelta(1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([wanted]), critical=True)
-    made = builder.add_extension(proof, critical=True).sign(key, hashes.SHA256())
-    return key_pem(key) + made.public_bytes(serialization.Encoding.PEM)
+                                      now - day, now + day)
+    builder = builder.add_extension(alternatives([name]), critical=True).add_extension(proof, critical=True)
+    return key_pem(key) + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether names, key identifiers and signature say that one certificate was issued by the other."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    if certificate.issuer != issuer.subject:
-        return False
     theirs, own = authority_key(certificate), extension(issuer, x509.SubjectKeyIdentifier)
-    if theirs and own and theirs != own.digest:
+    if certificate.issuer != issuer.subject or (theirs and own and theirs != own.digest):
         return False
     pss = x509.SignatureAlgorithmOID.RSASSA_PSS     # its parameters cannot be had from old releases
     try:
@@ -1640,7 +1630,7 @@ def some_addresses(text: str) -> tuple[tuple[str, int], ...] | None:
 
 def some_lines(text: str) -> tuple[str, ...]:
     """One entry a line."""
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in text.split("\n") if line.strip())
 
 
 def a_hook(text: str) -> Hook | None:
@@ -1777,23 +1767,52 @@ SETTINGS: dict[str, Setting] = {name: field for scope in reversed(SCOPES)
                                 for name, field in scope._field_defaults.items()}
 
 
+def begin(text: str, title: str) -> tuple[str, str, str]:
+    """The title, key and value of a line that begins a section, or a value in one; ValueError if it does neither."""
+    if text[0] == "[" and text[-1] != "]":
+        raise ValueError(f"{text!r}: nothing may stand behind a section's title")
+    if text[0] == "[" and text != "[]":
+        return text[1:-1], "", ""
+    word, equals, value = (part.strip() for part in text.partition("="))
+    if not title:
+        raise ValueError(f"{text!r} stands before any section; begin with [wucme]")
+    if not word or not equals:
+        raise ValueError(f"{text!r} is neither KEY = VALUE nor a section")
+    return title, word.lower(), value
+
+
 class Source(NamedTuple):
     """The text that settings came from, to say where something stands."""
     path: str
     text: str
 
+    def sections(self) -> dict[str, dict[str, list[tuple[int, str]]]]:
+        """The numbered lines of each key of each section ("": of its title); SettingsError for the first wrong line."""
+        found: dict[str, dict[str, list[tuple[int, str]]]] = {}
+        title, key, margin = "", "", 0
+        for number, line in enumerate(self.text.split("\n"), 1):
+            text, indent = line.strip(), len(line) - len(line.lstrip())
+            if not text or text[0] in "#;":
+                continue
+            try:
+                if "\0" in text:
+                    raise ValueError(f"{text!r}: there may be no NUL")
+                if not key or indent <= margin:         # else it goes on with what the key says
+                    title, key, text = begin(text, title)
+                    margin = indent
+                    if key in found.setdefault(title, {}):
+                        raise ValueError(f"{key} stands twice in [{title}]; keep one" if key else
+                                         f"[{title}] stands twice; join the two")
+            except ValueError as error:
+                raise SettingsError(f"{self.path}:{number}: {error}") from error
+            found[title].setdefault(key, []).append((number, text))
+        return found
+
     def where(self, section: str, key: str = "", item: str = "") -> str:
         """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        here, found = "", self.path or "the command line"
-        for number, line in enumerate(self.text.splitlines(), 1):
-            plain = line.strip()
-            word, _, value = (part.strip() for part in plain.partition("="))
-            if line.startswith("["):
-                here = plain
-                found = f"{self.path}:{number}" if here == f"[{section}]" else found
-            elif here == f"[{section}]" and plain and (plain == item or (word.lower() == key and item in ("", value))):
-                return f"{self.path}:{number}"
-        return found
+        body = self.sections().get(section, {})
+        lines = body.get(key) or body.get("", [])
+        return next((f"{self.path}:{number}" for number, text in lines if item in ("", text)), "the command line")
 
 
 NOWHERE = Source("", "")
@@ -1824,30 +1843,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
-INI_FAULTS = {
-    "DuplicateOptionError": "{0.option} stands twice in [{0.section}]; keep one",
-    "DuplicateSectionError": "[{0.section}] stands twice; join the two",
-    "MissingSectionHeaderError": "{1!r} stands before any section; begin with [wucme]",
-}
-
-
 def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     """The sections of an ini as texts; SettingsError with file and line for what is not one."""
-    import configparser
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
-    for number, line in enumerate(source.text.splitlines(), 1):
-        if "\0" in line or (line.startswith("[") and not line.rstrip().endswith("]")):
-            raise SettingsError(f"{source.path}:{number}: {printable(line)!r}: nothing may stand behind a section's "
-                                "title, and no NUL anywhere")
-    try:
-        parser.read_string(source.text)
-    except configparser.Error as error:
-        about: Any = error
-        number = about.lineno if hasattr(about, "lineno") else about.errors[0][0]
-        line = source.text.split("\n")[number - 1].strip()
-        fault = INI_FAULTS.get(type(error).__name__, "{1!r} is neither KEY = VALUE nor a section")
-        raise SettingsError(f"{source.path}:{number}: {fault.format(error, line)}") from error
-    return {title: dict(parser.items(title)) for title in parser.sections()}
+    return {title: {key: "\n".join(text for _, text in lines) for key, lines in body.items() if key}
+            for title, body in source.sections().items()}
 
 
 def parse_value(source: Source, section: str, key: str, text: str) -> Any:
@@ -1869,8 +1868,7 @@ def parse_value(source: Source, section: str, key: str, text: str) -> Any:
 
 def read_texts(source: Source, title: str, texts: Mapping[str, str], *scopes: Any) -> dict[str, Any]:
     """The values of a section that may have settings of these scopes; SettingsError for a key of none of them."""
-    known = [name for scope in scopes for name, field in scope._field_defaults.items()
-             if len(scopes) == 1 or not title or not field.local]
+    known = [name for scope in scopes for name in scope._fields if title != "wucme" or not SETTINGS[name].local]
     for key in texts:
         if key not in known:
             home = next((home for scope, (home, _) in SCOPES.items() if key in scope._fields), "")
