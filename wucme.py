@@ -1133,6 +1133,7 @@ TOKEN = re.compile(r"[A-Za-z0-9_-]{1,256}")      # base64url, as challenges and 
 SKEW_SECONDS = 300              # how far our clock and the CA's may differ
 PEM_BEGIN = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s")
 HOST_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+DEVIATIONS = "\u00df\u03c2\u200c\u200d"        # what Python's old IDNA makes another domain of (UTS 46 section 7)
 
 
 class Facts(NamedTuple):
@@ -1356,6 +1357,8 @@ def host_name(text: str) -> str:
         import ipaddress
         with contextlib.suppress(ValueError):
             return str(ipaddress.ip_address(bare))
+    if set(name) & set(DEVIATIONS):
+        raise ValueError(f"{printable(text)!r} must be written in its xn-- form")
     if not name.isascii():
         name = name.encode("idna").decode()
     labels = name[2:].split(".") if name.startswith("*.") else name.split(".")
@@ -1617,7 +1620,7 @@ def a_path(text: str) -> str:
 
 def an_address(text: str) -> tuple[str, int]:
     """An address to listen on, as host and port; host "" is every address."""
-    match = re.fullmatch(r"(.*):([0-9]{1,5})", text)
+    match = re.fullmatch(r"(\[.+\]|[^][:]*):([0-9]{1,5})", text)
     if not match or not 0 < int(match[2]) < 65536:
         raise ValueError(f"{text!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
     return match[1].strip("[]"), int(match[2])
@@ -1661,7 +1664,7 @@ a_label = of_form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and
 a_key_kind = of_form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
 an_hmac = of_form("HS(256|384|512)", "must be HS256, HS384 or HS512", str)     # RFC 7518 section 3.2
 a_challenge = of_form("|".join(CHALLENGE_TYPES), f"must be of {', '.join(CHALLENGE_TYPES)}", str)
-hook_or_none = of_form(f"(({'|'.join(HOOK_FAMILIES)}):/.*|certbot:.+)?",
+hook_or_none = of_form(f"(({'|'.join(HOOK_FAMILIES)}):/.*|certbot:\\s*[^,\\s].*)?",
                        f"must be one of {', '.join(HOOK_FAMILIES)}, a colon, and the whole path of a file", a_hook)
 updates_or_none = of_form(r"(\S+(\s+\S+){0,2})?", "must be KEYFILE [SERVER[:PORT]] [ZONE]", some_updates)
 some_words = each(str)
@@ -1863,7 +1866,8 @@ def parse_value(source: Source, section: str, key: str, text: str) -> Any:
             raise ValueError("a comment needs a line of its own")
         return kind(text)
     except ValueError as error:
-        raise SettingsError(f"{source.where(section, key)}: {key} = {printable(text)}: {error}") from error
+        shown = "..." if kind is Secret else printable(text)
+        raise SettingsError(f"{source.where(section, key)}: {key} = {shown}: {error}") from error
 
 
 def read_texts(source: Source, title: str, texts: Mapping[str, str], *scopes: Any) -> dict[str, Any]:
@@ -1917,9 +1921,9 @@ def read_source(path: str) -> Source:
 def read_section(source: Source, title: str, texts: Mapping[str, str], default: CertificateScope,
                  given: Mapping[str, Any]) -> Section:
     """The section of one certificate, over the defaults and under the options of this call."""
-    if "names" not in texts and "." not in title and ":" not in title:
+    if not texts.get("names") and "." not in title and ":" not in title:
         raise SettingsError(f"{source.where(title)}: [{title}] is no host name and has no names = ..."
-                            f"{nearest(title.lower(), ['wucme', 'server'])}")
+                            f"{nearest(title.lower(), ['wucme', 'server NAME'])}")
     own = pick(CertificateScope, read_texts(source, title, texts, CertificateScope), given)
     if not own.get("names"):
         own["names"] = parse_value(source, title, "names", title)
@@ -1958,6 +1962,9 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
         kind, _, name = title.partition(" ")
         label = file_label(title)
         if kind == "server" and name:
+            if not SAFE_NAME.fullmatch(name):
+                raise SettingsError(f"{source.where(title)}: [{title}]: only letters, digits, '.', '_' and '-' can be "
+                                    "used")
             own = read_texts(source, title, body, ServerScope)
             servers[name] = servers.get(name, other)._replace(**pick(ServerScope, own, given))
         elif label in sections:
@@ -1973,7 +1980,7 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     settings = Settings(run, default, sections, servers, other, source, lists)
     for title, scope in [("wucme", default), *((one.title, one.values) for one in sections.values())]:
         for name in scope.server:
-            find_server(settings, name, title)
+            find_server(settings, name, "" if "server" in given else title)
     return settings
 
 
@@ -1987,7 +1994,7 @@ def ini_section(title: str, texts: Mapping[str, str]) -> str:
     """A section as an ini has it."""
     lines = [f"[{title}]"]
     for key, text in texts.items():
-        items = text.splitlines() if SETTINGS[key].kind is some_lines else []
+        items = some_lines(text) if SETTINGS[key].kind is some_lines else ()
         lines += [f"{key} ={'' if items else f' {text}'}", *(f"    {item}" for item in items)]
     return "\n".join(lines) + "\n"
 
@@ -2014,11 +2021,16 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
     return settings._replace(sections={**settings.sections, label: section}, lists=lists), label
 
 
+WHOLE: dict[Any, Callable[[str], str]] = {      # how paths become such as do not depend on where a command is given
+    a_path: a_path, some_paths: lambda text: " ".join(some_paths(text)),
+    updates_or_none: lambda text: re.sub(r"^\S+", lambda key: a_path(key[0]), text)}
+
+
 def unsaid(plain: Settings, options: Mapping[str, str]) -> dict[str, str]:
-    """The options that the ini does not say already."""
+    """The options that the ini does not say already, as it should say them."""
     said = {**plain.other_server._asdict(), **plain.default._asdict(), **plain.run._asdict()}
-    return {key: a_path(text) if SETTINGS[key].kind is a_path else text for key, text in options.items()
-            if key != "agree" and SETTINGS[key].kind(text) != said[key]}
+    return {key: WHOLE.get(SETTINGS[key].kind, str)(text.strip()) for key, text in options.items()
+            if key != "agree" and parse_value(NOWHERE, "", key, text) != said[key]}
 
 
 def keep_options(source: Source, path: str, section: Section, options: Mapping[str, str]) -> list[str]:
@@ -3805,8 +3817,8 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
 def sweep(directory: str) -> list[str]:
     """Delete what a killed run left: files never made live, and published tokens; a key whose order goes on stays."""
     stale = [os.path.join(directory, name) for name in os.listdir(directory)
-             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not name.startswith("wucme_k_account")
-             and not (name[6:8].lower() == "k_" and read_memory(state_path(directory, name[8:-8])).order)]
+             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not (name[6:8].lower() == "k_" and (
+                 reserved(name[8:-8].lower()) or read_memory(state_path(directory, name[8:-8])).order))]
     tokens = os.path.join(directory, "tokens")
     if os.path.isdir(tokens) and not os.path.islink(tokens):
         stale += [os.path.join(tokens, name) for name in os.listdir(tokens) if TOKEN.fullmatch(name)]
