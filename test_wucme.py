@@ -1717,6 +1717,12 @@ class TestSettings:
         assert (two[1].url, two[1].ca_file, two[1].proxy) == (wucme.KNOWN_SERVERS["letsencrypt"], "/common", "none")
         assert (three[0], three[1].url) == ("three.test-9", "https://three.test:9/d")
 
+    def test_a_section_may_take_back_the_profile_and_the_chain_of_all(self) -> None:
+        found = read_text("[wucme]\nprofile = short\nchain = X1\n[a.example]\nprofile =\nchain =\n"
+                          "[server letsencrypt]\nchain = X2", agree="yes")
+        wanted, server = found.sections["a.example"].values, wucme.find_server(found, "letsencrypt")[1]
+        assert [wanted.profile or server.profile, wanted.chain or server.chain] == ["", "X2"]
+
     def test_options_stand_over_a_section_of_a_server(self) -> None:
         found = read_text("[server one]\nurl = https://one.test/d\nca_file = /one", ca_file="/option", server="one")
         assert wucme.find_server(found, "one")[1] [:5] == ("https://one.test/d", "/option", "", (), False)

@@ -1439,8 +1439,7 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 def chain_matches(chain: bytes, wanted: str) -> bool:
     """Whether a certificate of a chain, or its issuer, is the one that `chain` means."""
     digits = wanted.replace(":", "").lower()
-    for pem in certificates(chain):
-        one = parse_certificate(pem)
+    for one in map(parse_certificate, certificates(chain)):
         marks = one.fingerprint(hashes.SHA256()).hex(), authority_key(one).hex()
         if wanted.lower() in one.issuer.rfc4514_string().lower() or any(
                 len(digits) >= 4 and mark.startswith(digits) for mark in marks):
@@ -1508,8 +1507,8 @@ INI_HEAD = """\
 # wucme.ini: settings of wucme.py; see wucme.py --help.
 #
 # Looked for at --ini FILE, $WUCME_INI, beside wucme.py, /etc/wucme/wucme.ini, ~/.wucme/wucme.ini.
-# Every setting has a default and is shown at it: take away the "# " to change one. A value may go on
-# in the next lines if they are indented. There are no comments behind a value. Durations: 20s 10m 12h 30d.
+# Every setting has a default and is shown at it: take away the "# " to change one. The lists load and alert
+# go on in the next lines, indented. There are no comments behind a value. Durations: 20s 10m 12h 30d.
 """
 INI_TAIL = """
 # --- one certificate; without names its title is its name ---
@@ -1667,10 +1666,8 @@ a_challenge = of_form("|".join(CHALLENGE_TYPES), f"must be of {', '.join(CHALLEN
 hook_or_none = of_form(f"(({'|'.join(HOOK_FAMILIES)}):/.*|certbot:\\s*[^,\\s].*)?",
                        f"must be one of {', '.join(HOOK_FAMILIES)}, a colon, and the whole path of a file", a_hook)
 updates_or_none = of_form(r"(\S+(\s+\S+){0,2})?", "must be KEYFILE [SERVER[:PORT]] [ZONE]", some_updates)
-some_words = each(str)
 some_paths = each(a_path)
 some_challenges = of_form(".+", "must name a challenge type", each(a_challenge))
-some_names = each(host_name)
 some_servers = of_form(".+", "must name a CA", each(lambda word: a_url(word) if "://" in word else word))
 
 
@@ -1701,7 +1698,7 @@ class CertificateScope(NamedTuple):
         some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, "
         "or the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
         "reached, or has refused three times")
-    names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
+    names: tuple[str, ...] = setting(each(host_name), "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
     key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS))
     rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
@@ -1751,7 +1748,7 @@ class ServerScope(NamedTuple):
     ca_file: str = setting(a_path, "", "trust this PEM file alone for its HTTPS; default: the system's CAs", "PATH")
     proxy: str = setting(str, "", "HTTP proxy to reach it by, http://[USER:PASSWORD@]HOST:PORT, or none; "
                          "default: $https_proxy and $no_proxy", "URL")
-    contact: tuple[str, ...] = setting(some_words, "", "mail address for a new account; optional at most CAs",
+    contact: tuple[str, ...] = setting(each(str), "", "mail address for a new account; optional at most CAs",
                                        "ADDRESS")
     agree: bool = setting(a_flag, "no", "yes: you agree to its terms of service")
     eab_kid: str = setting(str, "", "key identifier for an account bound to one that you have with the CA", "TEXT")
@@ -1924,9 +1921,8 @@ def read_section(source: Source, title: str, texts: Mapping[str, str], default: 
     if not texts.get("names") and "." not in title and ":" not in title:
         raise SettingsError(f"{source.where(title)}: [{title}] is no host name and has no names = ..."
                             f"{nearest(title.lower(), ['wucme', 'server NAME'])}")
+    texts = {**texts, "names": texts.get("names") or title}
     own = pick(CertificateScope, read_texts(source, title, texts, CertificateScope), given)
-    if not own.get("names"):
-        own["names"] = parse_value(source, title, "names", title)
     label = file_label(title)
     if not SAFE_NAME.fullmatch(label) or reserved(label):
         raise SettingsError(f"{source.where(title)}: [{title}] cannot be a file name; use letters, digits, "
@@ -1956,6 +1952,7 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     plain = {key: field.kind(field.default) for key, field in SETTINGS.items()}
     shared = read_texts(source, "wucme", common, *SCOPES)
     run, default, other = (scope(**pick(scope, plain, shared, given)) for scope in SCOPES)
+    other = other._replace(profile="", chain="")        # [wucme] says these of certificates
     servers = {name: other._replace(url=url) for name, url in KNOWN_SERVERS.items()}
     sections: dict[str, Section] = {}
     for title, body in texts.items():
