@@ -1468,18 +1468,15 @@ def check_chain(chain: bytes, key: str, names: Sequence[str], now: float) -> lis
     found = [parse_certificate(pem) for pem in certificates(chain)]
     if not 0 < len(found) <= CHAIN_LENGTH:
         raise PemError(f"the CA sent {f'a chain of {len(found)} certificates' if found else 'no certificate'}")
-    leaf = facts(chain)
-    basic = extension(found[0], x509.BasicConstraints)
-    if basic and basic.ca:
-        raise PemError("the certificate that the CA sent is a CA's")
-    if leaf.key != key:
-        raise PemError("the certificate that the CA sent is for another key")
+    leaf, basic = facts(chain), extension(found[0], x509.BasicConstraints)
     missing = sorted(set(names) - set(leaf.names))
-    if missing:
-        raise PemError(f"the certificate that the CA sent lacks {', '.join(missing)}")
-    if not leaf.not_before - SKEW_SECONDS <= now < leaf.not_after:
-        raise PemError(f"the certificate that the CA sent is not valid now ({gmt(leaf.not_before)} to "
-                       f"{gmt(leaf.not_after)}); is the clock of this host right?")
+    fault = "is a CA's" if basic and basic.ca else \
+        "is for another key" if leaf.key != key else \
+        f"lacks {', '.join(missing)}" if missing else \
+        f"is not valid now ({gmt(leaf.not_before)} to {gmt(leaf.not_after)}); is the clock of this host right?" \
+        if not leaf.not_before - SKEW_SECONDS <= now < leaf.not_after else ""
+    if fault:
+        raise PemError(f"the certificate that the CA sent {fault}")
     for place, (one, issuer) in enumerate(zip(found, found[1:]), 1):
         if not issued_by(one, issuer):
             raise PemError(f"certificate {place} of the chain that the CA sent was not issued by the next")
@@ -3776,8 +3773,7 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     secret = owner(entry.key, 0o600)
     both = put(entry.chain, key + chain, secret)
     if not linked:
-        old_chain = b"".join(certificates(read(entry.chain))) if entry.whole else b""
-        first += put(entry.chain, old_key + old_chain, secret) if entry.whole else both
+        first += put(entry.chain, old_key + b"".join(certificates(read(entry.chain))), secret) if entry.whole else both
         first.append(Step(f"linking {entry.key} to {entry.chain}", link,
                           (os.path.basename(entry.chain), entry.key, f"{entry.chain}_tmp")))
     return first + (both if entry.whole or linked else []) + last
