@@ -1387,7 +1387,7 @@ class TestHostName:
         assert wucme.is_address(name) is (":" in name or name[-1].isdigit())
 
     @pytest.mark.parametrize("text", [
-        "", ".", "..", " ", "a..example", ".example.org", "*", "*.", "*.*.example.org", "www.*.example.org",
+        "", ".", "..", " ", "a..example", "a..", ".example.org", "*", "*.", "*.*.example.org", "www.*.example.org",
         "w*.example.org",
         "-a.example", "a-.example", "a.example/x", "a.example:443", "https://a.example", "a b", "a\nb", "a;b", "a'b",
         "../x", "a" * 64 + ".example", "ü" * 64 + ".example", ".".join(["a" * 50] * 5) + ".abc", "192.0.2",
@@ -1600,6 +1600,7 @@ class TestSettings:
         ("listen", "none", ()), ("listen", "", None), ("listen", ":8080", (("", 8080),)),
         ("listen", "127.0.0.1:80 [::1]:81", (("127.0.0.1", 80), ("::1", 81))),
         ("contact", "a@example.org b@example.org", ("a@example.org", "b@example.org")),
+        ("contact", "mailto:a@example.org", ("a@example.org",)),
         ("proxy", "http://a:%25$x@p:3128", "http://a:%25$x@p:3128"), ("ca_file", "/a/%d/$HOME", "/a/%d/$HOME"),
         ("load", "$ echo %(x)s $HOME ${A} %%", ("$ echo %(x)s $HOME ${A} %%",)),
         ("load", "$ date # no comment; this", ("$ date # no comment; this",)),

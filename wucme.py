@@ -1351,7 +1351,7 @@ def is_address(name: str) -> bool:
 
 def host_name(text: str) -> str:
     """A DNS name (with *. before it perhaps) or IP address in the form that CAs want; ValueError if neither."""
-    name = text.strip().rstrip(".").lower()
+    name = text.strip().lower().removesuffix(".")
     bare = name.strip("[]")
     if is_address(bare) and "%" not in bare:
         import ipaddress
@@ -1663,6 +1663,7 @@ a_challenge = of_form("|".join(CHALLENGE_TYPES), f"must be of {', '.join(CHALLEN
 hook_or_none = of_form(f"(({'|'.join(HOOK_FAMILIES)}):/.*|certbot:\\s*[^,\\s].*)?",
                        f"must be one of {', '.join(HOOK_FAMILIES)}, a colon, and the whole path of a file", a_hook)
 updates_or_none = of_form(r"(\S+(\s+\S+){0,2})?", "must be KEYFILE [SERVER[:PORT]] [ZONE]", some_updates)
+some_contacts = each(lambda word: word.removeprefix("mailto:"))
 some_paths = each(a_path)
 some_challenges = of_form(".+", "must name a challenge type", each(a_challenge))
 some_servers = of_form(".+", "must name a CA", each(lambda word: a_url(word) if "://" in word else word))
@@ -1745,7 +1746,7 @@ class ServerScope(NamedTuple):
     ca_file: str = setting(a_path, "", "trust this PEM file alone for its HTTPS; default: the system's CAs", "PATH")
     proxy: str = setting(str, "", "HTTP proxy to reach it by, http://[USER:PASSWORD@]HOST:PORT, or none; "
                          "default: $https_proxy and $no_proxy", "URL")
-    contact: tuple[str, ...] = setting(each(str), "", "mail address for a new account; optional at most CAs",
+    contact: tuple[str, ...] = setting(some_contacts, "", "mail address for a new account; optional at most CAs",
                                        "ADDRESS")
     agree: bool = setting(a_flag, "no", "yes: you agree to its terms of service")
     eab_kid: str = setting(str, "", "key identifier for an account bound to one that you have with the CA", "TEXT")
