@@ -1765,52 +1765,30 @@ SETTINGS: dict[str, Setting] = {name: field for scope in reversed(SCOPES)
                                 for name, field in scope._field_defaults.items()}
 
 
-def begin(text: str, title: str) -> tuple[str, str, str]:
-    """The title, key and value of a line that begins a section, or a value in one; ValueError if it does neither."""
-    if text[0] == "[" and text[-1] != "]":
-        raise ValueError(f"{text!r}: nothing may stand behind a section's title")
-    if text[0] == "[" and text != "[]":
-        return text[1:-1], "", ""
-    word, equals, value = (part.strip() for part in text.partition("="))
-    if not title:
-        raise ValueError(f"{text!r} stands before any section; begin with [wucme]")
-    if not word or not equals:
-        raise ValueError(f"{text!r} is neither KEY = VALUE nor a section")
-    return title, word.lower(), value
-
-
 class Source(NamedTuple):
     """The text that settings came from, to say where something stands."""
     path: str
     text: str
 
-    def sections(self) -> dict[str, dict[str, list[tuple[int, str]]]]:
-        """The numbered lines of each key of each section ("": of its title); SettingsError for the first wrong line."""
-        found: dict[str, dict[str, list[tuple[int, str]]]] = {}
-        title, key, margin = "", "", 0
+    def where(self, section: str, key: str = "", item: str = "") -> str:
+        """FILE:LINE of a section, of a key in it, or of one line of that key's list; else it is an option."""
+        here, at, margin, found = "", "", 0, "the command line"
         for number, line in enumerate(self.text.split("\n"), 1):
             text, indent = line.strip(), len(line) - len(line.lstrip())
             if not text or text[0] in "#;":
                 continue
-            try:
-                if "\0" in text:
-                    raise ValueError(f"{text!r}: there may be no NUL")
-                if not key or indent <= margin:         # else it goes on with what the key says
-                    title, key, text = begin(text, title)
-                    margin = indent
-                    if key in found.setdefault(title, {}):
-                        raise ValueError(f"{key} stands twice in [{title}]; keep one" if key else
-                                         f"[{title}] stands twice; join the two")
-            except ValueError as error:
-                raise SettingsError(f"{self.path}:{number}: {error}") from error
-            found[title].setdefault(key, []).append((number, text))
+            if not at or indent <= margin:              # else it goes on with what the key says
+                margin = indent
+                if text[0] == "[":
+                    here, at, text = text[1:-1], "", ""
+                else:
+                    word, _, text = (part.strip() for part in text.partition("="))
+                    at = word.lower()
+            if here == section and at in ("", key) and item in ("", text):
+                found = f"{self.path}:{number}"
+                if at == key:
+                    break
         return found
-
-    def where(self, section: str, key: str = "", item: str = "") -> str:
-        """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        body = self.sections().get(section, {})
-        lines = body.get(key) or body.get("", [])
-        return next((f"{self.path}:{number}" for number, text in lines if item in ("", text)), "the command line")
 
 
 NOWHERE = Source("", "")
@@ -1841,10 +1819,30 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "."
 
 
+INI_FAULTS = {
+    "DuplicateOptionError": "{0.option} stands twice in [{0.section}]; keep one",
+    "DuplicateSectionError": "[{0.section}] stands twice; join the two",
+    "MissingSectionHeaderError": "{1!r} stands before any section; begin with [wucme]",
+}
+
+
 def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     """The sections of an ini as texts; SettingsError with file and line for what is not one."""
-    return {title: {key: "\n".join(text for _, text in lines) for key, lines in body.items() if key}
-            for title, body in source.sections().items()}
+    import configparser
+    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
+    lines = source.text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if "\0" in line or re.match(r"\[.*[^]\s]\s*$|\s*\[[^]]*\]\s+[#;]", line):
+            raise SettingsError(f"{source.path}:{number}: {printable(line)!r}: nothing may stand behind a section's "
+                                "title, and no NUL anywhere")
+    try:
+        parser.read_file(lines, source.path)
+    except configparser.Error as error:
+        about: Any = error
+        number = about.lineno if hasattr(about, "lineno") else about.errors[0][0]
+        fault = INI_FAULTS.get(type(error).__name__, "{1!r} is neither KEY = VALUE nor a section")
+        raise SettingsError(f"{source.path}:{number}: {fault.format(error, lines[number - 1].strip())}") from error
+    return {title: dict(parser.items(title)) for title in parser.sections()}
 
 
 def parse_value(source: Source, section: str, key: str, text: str) -> Any:
