@@ -1242,6 +1242,10 @@ class TestKeys:
         assert wucme.key_hash(KEY.public_key()) == hashlib.sha256(der).hexdigest()
         assert wucme.key_hash(KEY.public_key()) != wucme.key_hash(OTHER_KEY.public_key())
 
+    @pytest.mark.parametrize("curve", [ec.SECP256K1(), ec.BrainpoolP256R1(), ec.BrainpoolP384R1()])
+    def test_a_key_on_another_curve_is_of_another_kind(self, curve: ec.EllipticCurve) -> None:
+        assert wucme.key_kind(ec.generate_private_key(curve).public_key()) not in wucme.KEY_KINDS
+
     def test_the_kind_of_another_key_is_said_in_words(self) -> None:
         assert "Ed25519PublicKey" in wucme.key_kind(ed25519.Ed25519PrivateKey.generate().public_key())
 
@@ -1272,8 +1276,9 @@ class TestKeys:
             found = der(0x30, b"\x02\x01\x00", kind, der(4, found))
         label = b"PRIVATE KEY-----" if plain else b"EC PRIVATE KEY-----"
         pem = b"-----BEGIN " + label + b"\n" + base64.encodebytes(found) + b"-----END " + label + b"\n"
-        for read in (wucme.parse_key, wucme.parse_odd_key):
-            assert wucme.key_hash(read(pem).public_key()) == wucme.key_hash(key.public_key())
+        for found_key in (wucme.parse_key(pem), wucme.parse_odd_key(pem)):
+            assert found_key
+            assert wucme.key_hash(found_key.public_key()) == wucme.key_hash(key.public_key())
 
     @pytest.mark.parametrize(("key", "reason"), [
         (b"", "holds no (whole )?private key"),
@@ -1398,12 +1403,12 @@ class TestHostName:
         assert wucme.is_address(name) is (":" in name or name[-1].isdigit())
 
     @pytest.mark.parametrize("text", [
-        "", ".", "..", " ", "a..example", ".example.org", "*", "*.", "*.*.example.org", "www.*.example.org",
+        "", ".", "..", " ", "a..example", "a..", ".example.org", "*", "*.", "*.*.example.org", "www.*.example.org",
         "w*.example.org",
         "-a.example", "a-.example", "a.example/x", "a.example:443", "https://a.example", "a b", "a\nb", "a;b", "a'b",
         "../x", "a" * 64 + ".example", "ü" * 64 + ".example", ".".join(["a" * 50] * 5) + ".abc", "192.0.2",
         "192.0.2.256", "1.2.3.4.5", "1", "2001:db8::g", "2001:db8::1/64", "[::1]:80",
-        "fe80::1%eth0", "fe80::1%/../x", "::1%\nx",
+        "fe80::1%eth0", "fe80::1%/../x", "::1%\nx", "stra\u00dfe.example", "a\u200db.example",
     ])
     def test_what_is_none(self, text: str) -> None:
         with pytest.raises(ValueError, match=r".") as caught:
@@ -1611,6 +1616,7 @@ class TestSettings:
         ("listen", "none", ()), ("listen", "", None), ("listen", ":8080", (("", 8080),)),
         ("listen", "127.0.0.1:80 [::1]:81", (("127.0.0.1", 80), ("::1", 81))),
         ("contact", "a@example.org b@example.org", ("a@example.org", "b@example.org")),
+        ("contact", "mailto:a@example.org", ("a@example.org",)),
         ("proxy", "http://a:%25$x@p:3128", "http://a:%25$x@p:3128"), ("ca_file", "/a/%d/$HOME", "/a/%d/$HOME"),
         ("load", "$ echo %(x)s $HOME ${A} %%", ("$ echo %(x)s $HOME ${A} %%",)),
         ("load", "$ date # no comment; this", ("$ date # no comment; this",)),
@@ -1643,6 +1649,9 @@ class TestSettings:
         ("server", "http://ca.test/", "must be an https:// URL"),
         ("backups", "3 # three", "a comment needs a line of its own"),
         ("contact", "a@b.example ; mine", "a comment needs a line of its own"),
+        ("listen", "::1", "must be :PORT"), ("listen", "2001:db8::1", "must be :PORT"),
+        ("listen", "[::1:80", "must be :PORT"), ("listen", "[]:80", "must be :PORT"),
+        ("hook", "certbot:,clean", "must be one of"), ("hook", "certbot: ", "must be one of"),
     ])
     def test_a_bad_value_is_refused_with_file_line_and_what_it_must_be(self, key: str, text: str, reason: str) -> None:
         told = refusal(f"[wucme]\n# comment\n{key} = {text}\n")
@@ -1684,6 +1693,14 @@ class TestSettings:
         ("[a.example]\nnames = ..", 2, "'..' is neither a host name nor an IP address"),
         ("[a.example]\n[A.Example]", 2, "[A.Example] names the same certificate as [a.example]"),
         ("[*.a.example]\n[_.a.example]", 2, "names the same certificate as [*.a.example]"),
+        ("# a page\x0cbreak, and\u2028more\n[wucme]\nzzz = 1", 3, "unknown setting 'zzz'."),
+        ("  [wucme]\n  zzz = 1", 2, "unknown setting 'zzz'."),
+        ("[wucme]\n  [a.example] # mine", 2, "nothing may stand behind a section's title"),
+        ("[wucme]\nload = $ a\n  $ \0", 3, "no NUL anywhere"),
+        ("[mail]\nnames =", 1, "[mail] is no host name and has no names"),
+        ("[server]\nurl = https://ca.test/d", 1, "did you mean server NAME?"),
+        ("[server a/b]\nurl = https://ca.test/d", 1, "[server a/b]: only letters, digits"),
+        ("[server a b]\nurl = https://ca.test/d", 1, "[server a b]: only letters, digits"),
     ])
     def test_a_mistake_is_told_with_file_and_line(self, text: str, line: int, reason: str) -> None:
         told = refusal(text)
@@ -1716,6 +1733,12 @@ class TestSettings:
         assert (two[1].url, two[1].ca_file, two[1].proxy) == (wucme.KNOWN_SERVERS["letsencrypt"], "/common", "none")
         assert (three[0], three[1].url) == ("three.test-9", "https://three.test:9/d")
 
+    def test_a_section_may_take_back_the_profile_and_the_chain_of_all(self) -> None:
+        found = read_text("[wucme]\nprofile = short\nchain = X1\n[a.example]\nprofile =\nchain =\n"
+                          "[server letsencrypt]\nchain = X2", agree="yes")
+        wanted, server = found.sections["a.example"].values, wucme.find_server(found, "letsencrypt")[1]
+        assert [wanted.profile or server.profile, wanted.chain or server.chain] == ["", "X2"]
+
     def test_options_stand_over_a_section_of_a_server(self) -> None:
         found = read_text("[server one]\nurl = https://one.test/d\nca_file = /one", ca_file="/option", server="one")
         assert wucme.find_server(found, "one")[1] [:5] == ("https://one.test/d", "/option", "", (), False)
@@ -1729,6 +1752,22 @@ class TestSettings:
         assert where["+nginx"] == "w.ini:2"
         assert where["$ b"] == "w.ini:9"
         assert where["$ a"] in ("w.ini:3", "w.ini:8")
+
+    def test_an_item_is_told_where_its_own_list_has_it(self) -> None:
+        told = read_text("[wucme]\nalert =\n  @/bin/x\nload =\n  @/bin/x\n  @/bin/x")
+        assert [told.source.where("wucme", key, "@/bin/x") for key in ("alert", "load")] == ["w.ini:3", "w.ini:5"]
+
+    def test_what_an_option_says_is_told_without_a_line(self) -> None:
+        ini = "[wucme]\nload = +nginx\n[a.example]\n"
+        assert refusal(ini, server="nowhere").startswith("the command line: server = nowhere: no such CA")
+        with pytest.raises(wucme.SettingsError, match=r"^the command line: nginx: "):
+            wucme.load_items(read_text(ini, load="nginx"))
+        with pytest.raises(wucme.SettingsError, match=r"^the command line: \+nginx: alert takes"):
+            wucme.load_items(read_text(ini, alert="+nginx"))
+
+    def test_no_message_shows_a_secret(self) -> None:
+        told = refusal("[server letsencrypt]\neab_hmac = s3cret #mine")
+        assert told == "w.ini:2: eab_hmac = ...: a comment needs a line of its own"
 
     @bounded
     @given(lines=st.lists(st.sampled_from(
@@ -1857,6 +1896,15 @@ class TestIssue:
         again = wucme.read_settings(wucme.read_source(str(path)), {})
         assert again.sections["a.example"].values == before.sections["a.example"].values
         assert mode(path) == 0o600
+
+    def test_paths_are_kept_whole_and_blanks_around_a_value_are_not(
+            self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        path, here = tmp_path / "w.ini", str(tmp_path)
+        kept(path, ["a.example"], {"webroot": "www /b/", "nsupdate": "k ns.example", "renew": " 30d ",
+                                   "key": "rsa-2048 "})
+        assert path.read_text() == (f"[a.example]\nnames = a.example\nwebroot = {here}/www /b\n"
+                                    f"nsupdate = {here}/k ns.example\nrenew = 30d\nkey = rsa-2048\n")
 
     def test_options_for_a_section_that_is_there_are_not_kept_but_said(self, tmp_path: Path) -> None:
         path = tmp_path / "w.ini"
@@ -2524,6 +2572,12 @@ def private_jwk(key: Any) -> dict[str, str]:
 
 
 class TestJwk:
+    @pytest.mark.parametrize("text", ["a$bc", "ab\u00e9c", "abc=d", "a", "ab.c"])
+    def test_what_is_no_base64_is_refused(self, text: str) -> None:
+        with pytest.raises(ValueError, match=r"."):
+            wucme.from_base64url(text)
+        assert wucme.from_base64url("_-/ +\n8A==") == wucme.from_base64url("/+/+8A")
+
     @pytest.mark.parametrize("key", [KEY, rsa_key(), ec.generate_private_key(ec.SECP384R1())])
     def test_a_key_as_certbot_keeps_it(self, key: Any) -> None:
         assert wucme.key_pem(wucme.jwk_key(json.dumps(private_jwk(key)).encode())) == wucme.key_pem(key)
@@ -3174,6 +3228,13 @@ class TestStore:
         assert sorted(gone) == sorted(str(tmp_path / name) for name in stale)
         assert sorted(os.listdir(tmp_path)) == sorted([*spared, "tokens", "wucme_s_x.json"])
         assert os.listdir(tmp_path / "tokens") == []
+
+    def test_a_change_of_an_account_key_is_not_swept_whatever_its_spelling(self, tmp_path: Path) -> None:
+        spared = ["WUCME_K_ACCOUNT.PEM_tmp", "wucme_k_account.pem_tmp", "wucme_k_account_home.pem_tmp"]
+        for name in [*spared, "wucme_k_accounts.example.pem_tmp"]:
+            (tmp_path / name).touch()
+        wucme.sweep(str(tmp_path))
+        assert sorted(os.listdir(tmp_path)) == sorted(spared)
 
     @pytest.mark.parametrize("name", ["wucme_old_tmp", "tokens/old"])
     def test_a_directory_in_the_way_stops_no_sweep(self, tmp_path: Path, name: str) -> None:

@@ -1158,6 +1158,7 @@ TOKEN = re.compile(r"[A-Za-z0-9_-]{1,256}")      # base64url, as challenges and 
 SKEW_SECONDS = 300              # how far our clock and the CA's may differ
 PEM_BEGIN = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s")
 HOST_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+DEVIATIONS = "\u00df\u03c2\u200c\u200d"        # what Python's old IDNA makes another domain of (UTS 46 section 7)
 
 
 class Facts(NamedTuple):
@@ -1214,37 +1215,30 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
 CURVES = {"06082a8648ce3d030107": "SECP256R1", "06052b81040022": "SECP384R1", "06052b81040023": "SECP521R1"}
 
 
-def parse_odd_key(pem: bytes) -> PrivateKey:
-    """An EC key whose number is longer or shorter than RFC 5915 asks, as GnuTLS writes it; ValueError for others."""
+def parse_odd_key(pem: bytes) -> PrivateKey | None:
+    """An EC key whose number is longer or shorter than RFC 5915 asks, as GnuTLS writes it; None for others."""
     import base64
-    der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
-    at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
-    curve = next((name for oid, name in CURVES.items() if bytes.fromhex(oid) in der), "")
-    number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
-    if not curve:
-        raise ValueError("not an EC key")
-    return ec.derive_private_key(number, getattr(ec, curve)())
-
-
-def load_key(pem: bytes) -> Any:
-    """The private key of a PEM block, also where cryptography is stricter than those who write keys."""
-    try:
-        return serialization.load_pem_private_key(pem, None)
-    except ValueError as error:
-        try:
-            return parse_odd_key(pem)
-        except (ValueError, IndexError):
-            raise error from None
+    with contextlib.suppress(ValueError, IndexError):
+        der = base64.b64decode(b"".join(pem.splitlines()[1:-1]))
+        at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
+        number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
+        for identifier, curve in CURVES.items():
+            if bytes.fromhex(identifier) in der:
+                return ec.derive_private_key(number, getattr(ec, curve)())
+    return None
 
 
 def parse_key(pem: bytes) -> PrivateKey:
     """An unencrypted EC or RSA private key; PemError where it is none."""
+    found = private_key(pem)
     try:
-        key = load_key(private_key(pem))
+        key: Any = serialization.load_pem_private_key(found, None)
     except TypeError as error:
         raise KeyKindError("the private key is encrypted; wucme needs it in the clear") from error
     except Exception as error:      # cryptography has several of its own for what is no key
-        raise PemError("holds no whole private key" if private_key(pem) else "holds no private key") from error
+        key = parse_odd_key(found)
+        if key is None:
+            raise PemError("holds no whole private key" if found else "holds no private key") from error
     if not isinstance(key, (ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey)):
         raise KeyKindError(f"a private key of a kind that CAs do not take ({type(key).__name__.strip('_')}); "
                            "put an EC or RSA pair there, or move this one elsewhere")
@@ -1256,7 +1250,7 @@ def new_key(kind: str) -> PrivateKey:
     family, _, size = kind.partition("-")
     if family == "rsa":
         return rsa.generate_private_key(65537, int(size))
-    return ec.generate_private_key(ec.SECP256R1() if size == "p256" else ec.SECP384R1())
+    return ec.generate_private_key(getattr(ec, f"SEC{size.upper()}R1")())
 
 
 def key_pem(key: PrivateKey) -> bytes:
@@ -1270,7 +1264,7 @@ def key_kind(public: Any) -> str:
     if isinstance(public, rsa.RSAPublicKey):
         return f"rsa-{public.key_size}"
     if isinstance(public, ec.EllipticCurvePublicKey):
-        return f"ecdsa-p{public.key_size}"
+        return f"ecdsa-{public.curve.name}".replace("secp", "p").replace("r1", "")
     return type(public).__name__.strip("_")
 
 
@@ -1284,11 +1278,10 @@ def key_hash(public: Any) -> str:
 def validity(certificate: x509.Certificate) -> tuple[float, float]:
     """notBefore and notAfter in seconds since 1970; old releases of cryptography have naive times only."""
     import datetime
-    times = []
-    for field in ("not_valid_before", "not_valid_after"):
-        aware = getattr(certificate, f"{field}_utc", None)
-        times.append((aware or getattr(certificate, field).replace(tzinfo=datetime.timezone.utc)).timestamp())
-    return times[0], times[1]
+    start, end = (getattr(certificate, f"{field}_utc", None)
+                  or getattr(certificate, field).replace(tzinfo=datetime.timezone.utc)
+                  for field in ("not_valid_before", "not_valid_after"))
+    return start.timestamp(), end.timestamp()
 
 
 def extension(certificate: x509.Certificate | x509.CertificateSigningRequest, kind: type[T]) -> T | None:
@@ -1337,22 +1330,20 @@ def base64url(data: bytes) -> str:
 def from_base64url(text: str) -> bytes:
     """The bytes of base64url or base64, padded or not, with blanks in it; ValueError for what is neither."""
     import base64
-    plain = "".join(text.split()).replace("+", "-").replace("/", "_").rstrip("=")
-    return base64.urlsafe_b64decode(plain + "=" * (-len(plain) % 4))
+    plain = "".join(text.split()).replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
 def jwk_key(text: bytes) -> PrivateKey:
     """The private key of a JWK (RFC 7517), as certbot keeps its account keys; PemError where it is none."""
     try:
         found = json.loads(text)
-        numbers = {name: int.from_bytes(from_base64url(found[name]), "big")
-                   for name in (("d",) if found["kty"] == "EC" else ("n", "e", "p", "q", "d", "dp", "dq", "qi"))}
+        names = ("d",) if found["kty"] == "EC" else ("p", "q", "d", "dp", "dq", "qi", "e", "n")
+        numbers = [int.from_bytes(from_base64url(found[name]), "big") for name in names]
         if found["kty"] == "EC":
-            curves = {"P-256": ec.SECP256R1(), "P-384": ec.SECP384R1(), "P-521": ec.SECP521R1()}
-            return ec.derive_private_key(numbers["d"], curves[found["crv"]])
-        public = rsa.RSAPublicNumbers(numbers["e"], numbers["n"])
-        p, q, d, dp, dq, qi = (numbers[name] for name in ("p", "q", "d", "dp", "dq", "qi"))
-        return rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, public).private_key()
+            return ec.derive_private_key(numbers[0], getattr(ec, f"SEC{found['crv'].replace('-', '')}R1")())
+        p, q, d, dp, dq, qi, *public = numbers
+        return rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, rsa.RSAPublicNumbers(*public)).private_key()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PemError("neither a PEM private key nor a whole JWK") from error
 
@@ -1378,13 +1369,21 @@ def facts(chain: bytes) -> Facts:
         raise PemError(f"a certificate that cannot be read: {printable(str(error))[:100]}") from error
 
 
+def is_address(name: str) -> bool:
+    """Whether a name is an IP address."""
+    return ":" in name or name.replace(".", "").isdigit()
+
+
 def host_name(text: str) -> str:
     """A DNS name (with *. before it perhaps) or IP address in the form that CAs want; ValueError if neither."""
-    import ipaddress
-    name = text.strip().rstrip(".").lower()
-    with contextlib.suppress(ValueError):
-        if "%" not in name:
-            return str(ipaddress.ip_address(name.strip("[]")))
+    name = text.strip().lower().removesuffix(".")
+    bare = name.strip("[]")
+    if is_address(bare) and "%" not in bare:
+        import ipaddress
+        with contextlib.suppress(ValueError):
+            return str(ipaddress.ip_address(bare))
+    if set(name) & set(DEVIATIONS):
+        raise ValueError(f"{printable(text)!r} must be written in its xn-- form")
     if not name.isascii():
         name = name.encode("idna").decode()
     labels = name[2:].split(".") if name.startswith("*.") else name.split(".")
@@ -1393,18 +1392,17 @@ def host_name(text: str) -> str:
     return name
 
 
-def is_address(name: str) -> bool:
-    """Whether a name is an IP address."""
-    return ":" in name or name.replace(".", "").isdigit()
+def alternatives(names: Iterable[str]) -> x509.SubjectAlternativeName:
+    """The subjectAltName of these names and addresses."""
+    import ipaddress
+    return x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
+                                        else x509.DNSName(name) for name in names])
 
 
 def signing_request(key: PrivateKey, names: Iterable[str], staple: bool = False) -> bytes:
     """A CSR (DER) with an empty subject and exactly these names (RFC 8555, 7.4); `staple`: as RFC 7633 says."""
-    import ipaddress
-    wanted: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(name)) if is_address(name)
-                                      else x509.DNSName(name) for name in names]
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    builder = builder.add_extension(x509.SubjectAlternativeName(wanted), critical=False)
+    builder = builder.add_extension(alternatives(names), critical=False)
     if staple:
         builder = builder.add_extension(x509.TLSFeature([x509.TLSFeatureType.status_request]), critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
@@ -1433,26 +1431,21 @@ def key_of(pem: bytes) -> str:
 def challenge_certificate(name: str, digest: bytes) -> bytes:
     """The certificate, behind its key, that answers tls-alpn-01 for a name or address (RFC 8737 section 3)."""
     import datetime
-    import ipaddress
     key = cast("ec.EllipticCurvePrivateKey", new_key("ecdsa-p256"))
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(1)
     subject = x509.Name([])
-    wanted = x509.IPAddress(ipaddress.ip_address(name)) if is_address(name) else x509.DNSName(name)
     proof = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31"), b"\x04\x20" + digest)
     builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number(),
-                                      now - datetime.timedelta(1), now + datetime.timedelta(1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([wanted]), critical=True)
-    made = builder.add_extension(proof, critical=True).sign(key, hashes.SHA256())
-    return key_pem(key) + made.public_bytes(serialization.Encoding.PEM)
+                                      now - day, now + day)
+    builder = builder.add_extension(alternatives([name]), critical=True).add_extension(proof, critical=True)
+    return key_pem(key) + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     """Whether names, key identifiers and signature say that one certificate was issued by the other."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    if certificate.issuer != issuer.subject:
-        return False
     theirs, own = authority_key(certificate), extension(issuer, x509.SubjectKeyIdentifier)
-    if theirs and own and theirs != own.digest:
+    if certificate.issuer != issuer.subject or (theirs and own and theirs != own.digest):
         return False
     pss = x509.SignatureAlgorithmOID.RSASSA_PSS     # its parameters cannot be had from old releases
     try:
@@ -1471,8 +1464,7 @@ def issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
 def chain_matches(chain: bytes, wanted: str) -> bool:
     """Whether a certificate of a chain, or its issuer, is the one that `chain` means."""
     digits = wanted.replace(":", "").lower()
-    for pem in certificates(chain):
-        one = parse_certificate(pem)
+    for one in map(parse_certificate, certificates(chain)):
         marks = one.fingerprint(hashes.SHA256()).hex(), authority_key(one).hex()
         if wanted.lower() in one.issuer.rfc4514_string().lower() or any(
                 len(digits) >= 4 and mark.startswith(digits) for mark in marks):
@@ -1501,18 +1493,15 @@ def check_chain(chain: bytes, key: str, names: Sequence[str], now: float) -> lis
     found = [parse_certificate(pem) for pem in certificates(chain)]
     if not 0 < len(found) <= CHAIN_LENGTH:
         raise PemError(f"the CA sent {f'a chain of {len(found)} certificates' if found else 'no certificate'}")
-    leaf = facts(chain)
-    basic = extension(found[0], x509.BasicConstraints)
-    if basic and basic.ca:
-        raise PemError("the certificate that the CA sent is a CA's")
-    if leaf.key != key:
-        raise PemError("the certificate that the CA sent is for another key")
+    leaf, basic = facts(chain), extension(found[0], x509.BasicConstraints)
     missing = sorted(set(names) - set(leaf.names))
-    if missing:
-        raise PemError(f"the certificate that the CA sent lacks {', '.join(missing)}")
-    if not leaf.not_before - SKEW_SECONDS <= now < leaf.not_after:
-        raise PemError(f"the certificate that the CA sent is not valid now ({gmt(leaf.not_before)} to "
-                       f"{gmt(leaf.not_after)}); is the clock of this host right?")
+    fault = "is a CA's" if basic and basic.ca else \
+        "is for another key" if leaf.key != key else \
+        f"lacks {', '.join(missing)}" if missing else \
+        f"is not valid now ({gmt(leaf.not_before)} to {gmt(leaf.not_after)}); is the clock of this host right?" \
+        if not leaf.not_before - SKEW_SECONDS <= now < leaf.not_after else ""
+    if fault:
+        raise PemError(f"the certificate that the CA sent {fault}")
     for place, (one, issuer) in enumerate(zip(found, found[1:]), 1):
         if not issued_by(one, issuer):
             raise PemError(f"certificate {place} of the chain that the CA sent was not issued by the next")
@@ -1540,8 +1529,8 @@ INI_HEAD = """\
 # wucme.ini: settings of wucme.py; see wucme.py --help.
 #
 # Looked for at --ini FILE, $WUCME_INI, beside wucme.py, /etc/wucme/wucme.ini, ~/.wucme/wucme.ini.
-# Every setting has a default and is shown at it: take away the "# " to change one. A value may go on
-# in the next lines if they are indented. There are no comments behind a value. Durations: 20s 10m 12h 30d.
+# Every setting has a default and is shown at it: take away the "# " to change one. The lists load and alert
+# go on in the next lines, indented. There are no comments behind a value. Durations: 20s 10m 12h 30d.
 """
 INI_TAIL = """
 # --- one certificate; without names its title is its name ---
@@ -1652,7 +1641,7 @@ def a_path(text: str) -> str:
 
 def an_address(text: str) -> tuple[str, int]:
     """An address to listen on, as host and port; host "" is every address."""
-    match = re.fullmatch(r"(.*):([0-9]{1,5})", text)
+    match = re.fullmatch(r"(\[.+\]|[^][:]*):([0-9]{1,5})", text)
     if not match or not 0 < int(match[2]) < 65536:
         raise ValueError(f"{text!r} must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT")
     return match[1].strip("[]"), int(match[2])
@@ -1665,7 +1654,7 @@ def some_addresses(text: str) -> tuple[tuple[str, int], ...] | None:
 
 def some_lines(text: str) -> tuple[str, ...]:
     """One entry a line."""
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
+    return tuple(line.strip() for line in text.split("\n") if line.strip())
 
 
 def a_hook(text: str) -> Hook | None:
@@ -1696,13 +1685,12 @@ a_label = of_form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and
 a_key_kind = of_form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
 an_hmac = of_form("HS(256|384|512)", "must be HS256, HS384 or HS512", str)     # RFC 7518 section 3.2
 a_challenge = of_form("|".join(CHALLENGE_TYPES), f"must be of {', '.join(CHALLENGE_TYPES)}", str)
-hook_or_none = of_form(f"(({'|'.join(HOOK_FAMILIES)}):/.*|certbot:.+)?",
+hook_or_none = of_form(f"(({'|'.join(HOOK_FAMILIES)}):/.*|certbot:\\s*[^,\\s].*)?",
                        f"must be one of {', '.join(HOOK_FAMILIES)}, a colon, and the whole path of a file", a_hook)
 updates_or_none = of_form(r"(\S+(\s+\S+){0,2})?", "must be KEYFILE [SERVER[:PORT]] [ZONE]", some_updates)
-some_words = each(str)
+some_contacts = each(lambda word: word.removeprefix("mailto:"))
 some_paths = each(a_path)
 some_challenges = of_form(".+", "must name a challenge type", each(a_challenge))
-some_names = each(host_name)
 some_servers = of_form(".+", "must name a CA", each(lambda word: a_url(word) if "://" in word else word))
 
 
@@ -1733,7 +1721,7 @@ class CertificateScope(NamedTuple):
         some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, "
         "or the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
         "reached, or has refused three times")
-    names: tuple[str, ...] = setting(some_names, "", "host names and IP addresses; default: the section's title",
+    names: tuple[str, ...] = setting(each(host_name), "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
     key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS))
     rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
@@ -1783,7 +1771,7 @@ class ServerScope(NamedTuple):
     ca_file: str = setting(a_path, "", "trust this PEM file alone for its HTTPS; default: the system's CAs", "PATH")
     proxy: str = setting(str, "", "HTTP proxy to reach it by, http://[USER:PASSWORD@]HOST:PORT, or none; "
                          "default: $https_proxy and $no_proxy", "URL")
-    contact: tuple[str, ...] = setting(some_words, "", "mail address for a new account; optional at most CAs",
+    contact: tuple[str, ...] = setting(some_contacts, "", "mail address for a new account; optional at most CAs",
                                        "ADDRESS")
     agree: bool = setting(a_flag, "no", "yes: you agree to its terms of service")
     eab_kid: str = setting(str, "", "key identifier for an account bound to one that you have with the CA", "TEXT")
@@ -1808,16 +1796,23 @@ class Source(NamedTuple):
     text: str
 
     def where(self, section: str, key: str = "", item: str = "") -> str:
-        """FILE:LINE of a section, of a key in it, or of one line of that key's list."""
-        here, found = "", self.path or "the command line"
-        for number, line in enumerate(self.text.splitlines(), 1):
-            plain = line.strip()
-            word, _, value = (part.strip() for part in plain.partition("="))
-            if line.startswith("["):
-                here = plain
-                found = f"{self.path}:{number}" if here == f"[{section}]" else found
-            elif here == f"[{section}]" and plain and (plain == item or (word.lower() == key and item in ("", value))):
-                return f"{self.path}:{number}"
+        """FILE:LINE of a section, of a key in it, or of one line of that key's list; else it is an option."""
+        here, at, margin, found = "", "", 0, "the command line"
+        for number, line in enumerate(self.text.split("\n"), 1):
+            text, indent = line.strip(), len(line) - len(line.lstrip())
+            if not text or text[0] in "#;":
+                continue
+            if not at or indent <= margin:              # else it goes on with what the key says
+                margin = indent
+                if text[0] == "[":
+                    here, at, text = text[1:-1], "", ""
+                else:
+                    word, _, text = (part.strip() for part in text.partition("="))
+                    at = word.lower()
+            if here == section and at in ("", key) and item in ("", text):
+                found = f"{self.path}:{number}"
+                if at == key:
+                    break
         return found
 
 
@@ -1860,18 +1855,18 @@ def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     """The sections of an ini as texts; SettingsError with file and line for what is not one."""
     import configparser
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
-    for number, line in enumerate(source.text.splitlines(), 1):
-        if "\0" in line or (line.startswith("[") and not line.rstrip().endswith("]")):
+    lines = source.text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if "\0" in line or re.match(r"\[.*[^]\s]\s*$|\s*\[[^]]*\]\s+[#;]", line):
             raise SettingsError(f"{source.path}:{number}: {printable(line)!r}: nothing may stand behind a section's "
                                 "title, and no NUL anywhere")
     try:
-        parser.read_string(source.text)
+        parser.read_file(lines, source.path)
     except configparser.Error as error:
         about: Any = error
         number = about.lineno if hasattr(about, "lineno") else about.errors[0][0]
-        line = source.text.split("\n")[number - 1].strip()
         fault = INI_FAULTS.get(type(error).__name__, "{1!r} is neither KEY = VALUE nor a section")
-        raise SettingsError(f"{source.path}:{number}: {fault.format(error, line)}") from error
+        raise SettingsError(f"{source.path}:{number}: {fault.format(error, lines[number - 1].strip())}") from error
     return {title: dict(parser.items(title)) for title in parser.sections()}
 
 
@@ -1889,13 +1884,13 @@ def parse_value(source: Source, section: str, key: str, text: str) -> Any:
             raise ValueError("a comment needs a line of its own")
         return kind(text)
     except ValueError as error:
-        raise SettingsError(f"{source.where(section, key)}: {key} = {printable(text)}: {error}") from error
+        shown = "..." if kind is Secret else printable(text)
+        raise SettingsError(f"{source.where(section, key)}: {key} = {shown}: {error}") from error
 
 
 def read_texts(source: Source, title: str, texts: Mapping[str, str], *scopes: Any) -> dict[str, Any]:
     """The values of a section that may have settings of these scopes; SettingsError for a key of none of them."""
-    known = [name for scope in scopes for name, field in scope._field_defaults.items()
-             if len(scopes) == 1 or not title or not field.local]
+    known = [name for scope in scopes for name in scope._fields if title != "wucme" or not SETTINGS[name].local]
     for key in texts:
         if key not in known:
             home = next((home for scope, (home, _) in SCOPES.items() if key in scope._fields), "")
@@ -1944,12 +1939,11 @@ def read_source(path: str) -> Source:
 def read_section(source: Source, title: str, texts: Mapping[str, str], default: CertificateScope,
                  given: Mapping[str, Any]) -> Section:
     """The section of one certificate, over the defaults and under the options of this call."""
-    if "names" not in texts and "." not in title and ":" not in title:
+    if not texts.get("names") and "." not in title and ":" not in title:
         raise SettingsError(f"{source.where(title)}: [{title}] is no host name and has no names = ..."
-                            f"{nearest(title.lower(), ['wucme', 'server'])}")
+                            f"{nearest(title.lower(), ['wucme', 'server NAME'])}")
+    texts = {**texts, "names": texts.get("names") or title}
     own = pick(CertificateScope, read_texts(source, title, texts, CertificateScope), given)
-    if not own.get("names"):
-        own["names"] = parse_value(source, title, "names", title)
     label = file_label(title)
     if not SAFE_NAME.fullmatch(label) or reserved(label):
         raise SettingsError(f"{source.where(title)}: [{title}] cannot be a file name; use letters, digits, "
@@ -1979,12 +1973,16 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     plain = {key: field.kind(field.default) for key, field in SETTINGS.items()}
     shared = read_texts(source, "wucme", common, *SCOPES)
     run, default, other = (scope(**pick(scope, plain, shared, given)) for scope in SCOPES)
+    other = other._replace(profile="", chain="")        # [wucme] says these of certificates
     servers = {name: other._replace(url=url) for name, url in KNOWN_SERVERS.items()}
     sections: dict[str, Section] = {}
     for title, body in texts.items():
         kind, _, name = title.partition(" ")
         label = file_label(title)
         if kind == "server" and name:
+            if not SAFE_NAME.fullmatch(name):
+                raise SettingsError(f"{source.where(title)}: [{title}]: only letters, digits, '.', '_' and '-' can be "
+                                    "used")
             own = read_texts(source, title, body, ServerScope)
             servers[name] = servers.get(name, other)._replace(**pick(ServerScope, own, given))
         elif label in sections:
@@ -2000,7 +1998,7 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
     settings = Settings(run, default, sections, servers, other, source, lists)
     for title, scope in [("wucme", default), *((one.title, one.values) for one in sections.values())]:
         for name in scope.server:
-            find_server(settings, name, title)
+            find_server(settings, name, "" if "server" in given else title)
     return settings
 
 
@@ -2014,7 +2012,7 @@ def ini_section(title: str, texts: Mapping[str, str]) -> str:
     """A section as an ini has it."""
     lines = [f"[{title}]"]
     for key, text in texts.items():
-        items = text.splitlines() if SETTINGS[key].kind is some_lines else []
+        items = some_lines(text) if SETTINGS[key].kind is some_lines else ()
         lines += [f"{key} ={'' if items else f' {text}'}", *(f"    {item}" for item in items)]
     return "\n".join(lines) + "\n"
 
@@ -2041,11 +2039,16 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
     return settings._replace(sections={**settings.sections, label: section}, lists=lists), label
 
 
+WHOLE: dict[Any, Callable[[str], str]] = {      # how paths become such as do not depend on where a command is given
+    a_path: a_path, some_paths: lambda text: " ".join(some_paths(text)),
+    updates_or_none: lambda text: re.sub(r"^\S+", lambda key: a_path(key[0]), text)}
+
+
 def unsaid(plain: Settings, options: Mapping[str, str]) -> dict[str, str]:
-    """The options that the ini does not say already."""
+    """The options that the ini does not say already, as it should say them."""
     said = {**plain.other_server._asdict(), **plain.default._asdict(), **plain.run._asdict()}
-    return {key: a_path(text) if SETTINGS[key].kind is a_path else text for key, text in options.items()
-            if key != "agree" and SETTINGS[key].kind(text) != said[key]}
+    return {key: WHOLE.get(SETTINGS[key].kind, str)(text.strip()) for key, text in options.items()
+            if key != "agree" and parse_value(NOWHERE, "", key, text) != said[key]}
 
 
 def keep_options(source: Source, path: str, section: Section, options: Mapping[str, str]) -> list[str]:
@@ -3825,8 +3828,7 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     secret = owner(entry.key, 0o600)
     both = put(entry.chain, key + chain, secret)
     if not linked:
-        old_chain = b"".join(certificates(read(entry.chain))) if entry.whole else b""
-        first += put(entry.chain, old_key + old_chain, secret) if entry.whole else both
+        first += put(entry.chain, old_key + b"".join(certificates(read(entry.chain))), secret) if entry.whole else both
         first.append(Step(f"linking {entry.key} to {entry.chain}", link,
                           (os.path.basename(entry.chain), entry.key, f"{entry.chain}_tmp")))
     return first + (both if entry.whole or linked else []) + last
@@ -3863,8 +3865,8 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
 def sweep(directory: str) -> list[str]:
     """Delete what a killed run left: files never made live, and published tokens; a key whose order goes on stays."""
     stale = [os.path.join(directory, name) for name in os.listdir(directory)
-             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not name.startswith("wucme_k_account")
-             and not (name[6:8].lower() == "k_" and read_memory(state_path(directory, name[8:-8])).order)]
+             if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not (name[6:8].lower() == "k_" and (
+                 reserved(name[8:-8].lower()) or read_memory(state_path(directory, name[8:-8])).order))]
     tokens = os.path.join(directory, "tokens")
     if os.path.isdir(tokens) and not os.path.islink(tokens):
         stale += [os.path.join(tokens, name) for name in os.listdir(tokens) if TOKEN.fullmatch(name)]
