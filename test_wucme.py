@@ -7904,6 +7904,13 @@ class TestAsUacme:
         if answer == b"y\n":
             alike.certificate()
 
+    def test_without_a_hook_and_a_terminal_it_says_what_is_missing(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        fake.offered = {"http-01"}
+        done = alike.run(["issue", "a.example.test"])
+        assert done.status == 2
+        assert "a.example.test: no challenge was taken up; " in done.err
+        assert "(without -h a terminal is asked)" in done.err
+
     def test_its_proxy_and_directory_of_cas(self, fake: fakeca.FakeCA, alike: Twin, tmp_path: Path) -> None:
         port = fake.server.server_port
         openssl = [testbed.program("openssl"), "x509", "-noout", "-hash", "-in", str(fake.ca_file)]
@@ -8018,6 +8025,16 @@ class TestAsUacmeInAFlatDirectory:
         assert self.run(lab, "newkey").status == 0
         assert self.run(lab, "deactivate").status == 0
 
+    def test_check_of_what_cannot_be_used_is_no_answer(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("account", "new")
+        fakeca.make_pair(lab.directory, "a.example.test", ["a.example.test"], datetime.now(timezone.utc)
+                         - timedelta(89), datetime.now(timezone.utc) + timedelta(1))
+        assert self.run(lab, "check", "a.example.test").status == 0
+        key: Any = ed25519.Ed25519PrivateKey.generate()
+        lab.key().write_bytes(wucme.key_pem(key))
+        done = self.run(lab, "check", "a.example.test")
+        assert (done.status, "of a kind that CAs do not take" in done.err) == (2, True)
+
 
 class TestUacmeOptions:
     @pytest.mark.parametrize(("words", "texts"), [
@@ -8035,7 +8052,8 @@ class TestUacmeOptions:
         assert wucme.texts_of(given) == texts
         wucme.read_settings(wucme.NOWHERE, texts)
 
-    @pytest.mark.parametrize("words", ["-s -a https://ca/dir", "-k -n", "-e a:b:128", "-d 0", "-l A", "-r x", "-t DSA"])
+    @pytest.mark.parametrize("words", ["-s -a https://ca/dir", "-k -n", "-e a:b:128", "-d 0", "-l A", "-r x", "-t DSA",
+                                       pytest.param(f"-b {'9' * 5000}", id="digits")])
     def test_what_cannot_be_is_refused(self, words: str) -> None:
         with pytest.raises(wucme.SettingsError):
             wucme.read_call(["issue", *words.split(), "a.b"])

@@ -5855,7 +5855,7 @@ class Switch(NamedTuple):
 
 UACME_OPTIONS = {
     "a": Switch("acme-url", "https://.+", {"server": "{0}"}),
-    "b": Switch("bits", "[0-9]+"),
+    "b": Switch("bits", "[0-9]{1,5}"),
     "c": Switch("confdir", ".+"),
     "d": Switch("days", "0*[1-9][0-9]{0,8}", {"renew": "{0}d"}),
     "e": Switch("eab", "[^:]+:[A-Za-z0-9_=-]+(:(256|384|512))?",
@@ -5882,7 +5882,7 @@ UACME_OPTIONS = {
 class Call(NamedTuple):
     """One call of uacme: its command with the words behind it, its options by letter, and what they come to."""
     verb: str
-    words: tuple[str, ...]
+    words: Sequence[str]
     given: Mapping[str, str]
     settings: Settings
     top: str                    # uacme's directory, "" for a flat one of wucme's own
@@ -5893,23 +5893,19 @@ class Call(NamedTuple):
         """The directory of the account key, and of those of certificates."""
         return os.path.join(self.top, "private")
 
-    @property
-    def by_request(self) -> bool:
-        """Whether a certificate is asked for by a signing request in a file."""
-        return self.verb in ("issue", "check") and os.path.isfile(self.words[0])
-
 
 def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
     """The words and options of a command line of uacme's, and how verbose it is; SettingsError."""
     import getopt
     letters = "".join(letter + ":" * bool(one.form) for letter, one in UACME_OPTIONS.items())
+    names = [one.name + "=" * bool(one.form) for one in UACME_OPTIONS.values()]
     try:
-        pairs, words = getopt.gnu_getopt(list(argv), letters, [f"{one.name}{'=' * bool(one.form)}"
-                                                               for one in UACME_OPTIONS.values()])
+        pairs, words = getopt.gnu_getopt(list(argv), letters, names)
     except getopt.GetoptError as error:
         raise SettingsError(f"--uacme: {error}") from error
     known = {f"--{one.name}": letter for letter, one in UACME_OPTIONS.items()}
-    given = {known.get(option, option[1:]): value for option, value in pairs}
+    pairs = [(known.get(option, option[1:]), value) for option, value in pairs]
+    given = dict(pairs)
     for letter, value in given.items():
         if not re.fullmatch(UACME_OPTIONS[letter].form, value):
             raise SettingsError(f"--uacme: -{letter} {printable(value)}: must be of the form "
@@ -5919,7 +5915,7 @@ def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
             f"-{letter}|--{one.name}" for letter, one in UACME_OPTIONS.items()))
     if {"a", "s"} <= set(given) or {"k", "n"} <= set(given):
         raise SettingsError("--uacme: -a does not go with -s, nor -k with -n")
-    return words, given, sum(known.get(option, option[1:]) == "v" for option, _ in pairs)
+    return words, given, [letter for letter, _ in pairs].count("v")
 
 
 def key_asked(given: Mapping[str, str]) -> str:
@@ -5946,9 +5942,9 @@ def texts_of(given: Mapping[str, str]) -> dict[str, str]:
 
 def understand_call(argv: Sequence[str], world: World) -> Call:
     """What a command line of uacme's asks for, and of which directory; SettingsError where that cannot be."""
-    words, given, log.loud = read_call(argv)
-    log.live, log.quiet, kind, texts = log.loud > 0, not log.loud, key_asked(given), texts_of(given)
-    verb, words = words[0], words[1:]
+    (verb, *words), given, log.loud = read_call(argv)
+    log.live, log.quiet = log.loud > 0, not log.loud
+    kind, texts = key_asked(given), texts_of(given)
     least, most = UACME_VERBS[verb][1:]
     if not least <= len(words) <= most:
         raise SettingsError(f"--uacme: {verb} takes {least} to {most} arguments")
@@ -5959,11 +5955,10 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
         for flat in (os.getcwd(), read_settings(source, texts).run.directory):
             if os.path.isdir(flat) and "wucme_k_account.pem" in map(str.lower, os.listdir(flat)):
                 settings = read_settings(source, {**texts, "directory": flat})
-                return Call(verb, tuple(words), given, settings, "", Clients(settings, world))
+                return Call(verb, words, given, settings, "", Clients(settings, world))
     settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
     settings = settings._replace(default=settings.default._replace(key=kind), run=settings.run._replace(directory=""))
-    return Call(verb, tuple(words), given, settings, given.get("c", UACME_DIRECTORY),
-                Clients(settings, world))
+    return Call(verb, words, given, settings, given.get("c", UACME_DIRECTORY), Clients(settings, world))
 
 
 def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) -> Finished:
@@ -5974,20 +5969,16 @@ def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) ->
     return finished
 
 
-def uacme_directory(path: str, mode: int, make: bool) -> None:
-    """See that a directory of uacme's is there."""
-    if not os.path.isdir(path):
-        if not make:
-            raise FileError(f"{path}: no such directory (only `new` makes the first ones, and nothing does with -n)")
-        os.mkdir(path)
-        os.chmod(path, mode)
-        sync_directory(path)
-
-
-def uacme_key(path: str, kind: str, make: bool) -> PrivateKey:
-    """The key in a file of uacme's, made if it may be."""
-    if not make and not os.path.exists(path):
-        raise FileError(f"{path}: no such file (only `new` makes the first one, and nothing does with -n)")
+def uacme_key(path: str, kind: str, make: bool, directories: Mapping[str, int]) -> PrivateKey:
+    """The key in a file of uacme's; it and its directories (with their modes) are made if they may be."""
+    missing = [one for one in (*directories, path) if not os.path.exists(one)]
+    if missing and not make:
+        raise FileError(f"{missing[0]}: not there (only `new` makes the first one, and nothing does with -n)")
+    for directory, mode in directories.items():
+        if not os.path.isdir(directory):
+            os.mkdir(directory)
+            os.chmod(directory, mode)
+            sync_directory(directory)
     if not os.path.exists(path):
         log(f"making a key, {path}")
         create(path, key_pem(new_key(kind)), Owner(0o400, -1, -1))
@@ -6010,20 +6001,14 @@ def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Ste
             *supersede(entry.chain, waiting, stamp), *([] if same else supersede(entry.key, f"{entry.key}_tmp", stamp))]
 
 
-def own_key(call: Call) -> PrivateKey:
-    """The key of the account in uacme's directory, which `new` alone may make."""
-    make = call.verb == "new" and "n" not in call.given
-    uacme_directory(call.top, 0o755, make)
-    uacme_directory(call.private, 0o700, make)
-    return uacme_key(os.path.join(call.private, "key.pem"), call.settings.default.key, make)
-
-
-def open_account(call: Call, key: PrivateKey) -> Opened:
-    """The account with a key, not yet looked for at the CA."""
-    word = call.settings.default.server[0]
+def open_account(call: Call) -> Opened:
+    """The account in uacme's directory, not yet looked for at the CA; `new` alone may make its key."""
+    word, path = call.settings.default.server[0], os.path.join(call.private, "key.pem")
+    key = uacme_key(path, call.settings.default.key, call.verb == "new" and "n" not in call.given,
+                    {call.top: 0o755, call.private: 0o700})
     client, server = call.clients.reach(word), find_server(call.settings, word)[1]
     client.key = key
-    return Opened(client, server, Account(os.path.join(call.private, "key.pem"), ""), applicant(server))
+    return Opened(client, server, Account(path, ""), applicant(server))
 
 
 def found_account(opened: Opened) -> Opened:
@@ -6035,7 +6020,7 @@ def found_account(opened: Opened) -> Opened:
 
 def uacme_new(call: Call) -> int:
     """Make an account; one that is there already is an error, as it is to uacme."""
-    opened = open_account(call, own_key(call))
+    opened = open_account(call)
     if opened.client.register(opened.who, False):
         raise AcmeError(f"{opened.client.url}: there is an account with the key {opened.account.key} already")
     sign_up(opened.client, opened.server, opened.who, call.clients.world)
@@ -6044,18 +6029,15 @@ def uacme_new(call: Call) -> int:
 
 def uacme_update(call: Call) -> int:
     """Replace the contact of the account."""
-    opened = found_account(open_account(call, own_key(call)))
-    wanted = [f"mailto:{address}" for address in opened.who.contact]
-    if (opened.client.account_object().get("contact") or []) != wanted:
-        opened.client.account_object({"contact": wanted})
+    opened = found_account(open_account(call))
+    opened.client.account_object({"contact": [f"mailto:{address}" for address in opened.who.contact]})
     return 0
 
 
 def uacme_newkey(call: Call) -> int:
     """Give the account another key."""
-    opened = found_account(open_account(call, own_key(call)))
-    new = os.path.join(call.private, "newkey.pem")
-    opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given))
+    opened, new = found_account(open_account(call)), os.path.join(call.private, "newkey.pem")
+    opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given, {}))
     for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
         log(step.text)
         step.do()
@@ -6064,18 +6046,18 @@ def uacme_newkey(call: Call) -> int:
 
 def uacme_deactivate(call: Call) -> int:
     """Close the account for good."""
-    found_account(open_account(call, own_key(call))).client.account_object({"status": "deactivated"})
+    found_account(open_account(call)).client.account_object({"status": "deactivated"})
     return 0
 
 
 def uacme_revoke(call: Call) -> int:
     """Revoke the certificate in a file, by its own key if that is given, and put the file aside."""
-    path, chain = call.words[0], read(call.words[0])
-    about = facts(chain)
-    key = uacme_key(call.words[1], "", False) if call.words[1:] else None
-    client = call.clients.reach(call.settings.default.server[0]) if key else \
-        found_account(open_account(call, own_key(call))).client
-    log(f"revoking {path}, serial number {about.serial}")
+    path, *keys = call.words
+    chain = read(path)
+    serial = facts(chain).serial
+    key = uacme_key(keys[0], "", False, {}) if keys else None
+    client = call.clients.reach(call.settings.default.server[0]) if key else found_account(open_account(call)).client
+    log(f"revoking {path}, serial number {serial}")
     client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
     rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.clients.world.now())}.pem"))
     return 0
@@ -6084,19 +6066,16 @@ def uacme_revoke(call: Call) -> int:
 def uacme_entry(call: Call) -> Entry:
     """The certificate that a call is about, in uacme's places; its key and directories are made if they may be."""
     word, wanted = call.words[0], call.settings.default
-    if call.by_request and call.words[1:]:
-        raise SettingsError(f"--uacme: {word} is a file: a signing request has its names in it, and takes no more")
-    if call.by_request:
+    if os.path.isfile(word):
+        if call.words[1:]:
+            raise SettingsError(f"--uacme: {word} is a file: a signing request has its names in it, and takes no more")
         wanted = wanted._replace(csr=os.path.abspath(word), names=request_facts(read(word))[1])
         chain, key = f"{os.path.splitext(wanted.csr)[0]}-cert.pem", wanted.csr
     else:
         wanted = wanted._replace(names=parse_value(NOWHERE, "", "names", " ".join(call.words)))
         public, private = (os.path.join(top, word.removeprefix("*.")) for top in (call.top, call.private))
         chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
-        make = call.verb == "issue" and "n" not in call.given
-        uacme_directory(private, 0o700, make)
-        uacme_directory(public, 0o755, make)
-        uacme_key(key, wanted.key, make)
+        uacme_key(key, wanted.key, call.verb == "issue" and "n" not in call.given, {private: 0o700, public: 0o755})
     # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
     memory = Memory(names=wanted.names, server=find_server(call.settings, wanted.server[0])[1].url)
     return look(Entry(word, chain, key, memory, memory, wanted, frozenset(["names"])))
@@ -6104,14 +6083,12 @@ def uacme_entry(call: Call) -> Entry:
 
 def uacme_advised(entry: Entry, client: Client, run: RunScope, now: float) -> Entry:
     """An entry with what the CA says of when to renew it, which then counts alone until its last day."""
-    about = entry.facts
-    if about is None or not about.ari or about.not_after - now < 86400 or not client.directory.renewal_info:
-        return entry
-    try:
-        window, _ = client.renewal_window(about.ari)
-    except WucmeError as error:
-        log.detail(f"{entry.title}: no renewal information: {error}")
-        window = None
+    about, window = entry.facts, None
+    if about and about.ari and about.not_after - now >= 86400 and client.directory.renewal_info:
+        try:
+            window, _ = client.renewal_window(about.ari)
+        except WucmeError as error:
+            log.detail(f"{entry.title}: no renewal information: {error}")
     if window is None:
         return entry
     # Nothing is remembered: what is drawn is this host's and certificate's own, and so the same each day.
@@ -6135,14 +6112,14 @@ def by_asking(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
             raise ChallengeError(f"{one.name}: nobody answers {one.kind} (without -h a terminal is asked)", one.kind)
 
 
-def prove_name(client: Client, order: Order, found: Authorization, one: Challenge, task: Task) -> None:
-    """Prove one name by one challenge, to the end; ChallengeError if that is declined."""
-    challenge, proof = take_up(client, found, (one.kind,))
+def prove_name(client: Client, order: Order, found: Authorization, kind: str, task: Task) -> None:
+    """Prove one name by a challenge of one type, to the end; ChallengeError if that is declined."""
+    challenge, proof = take_up(client, found, (kind,))
     proof = proof._replace(token=proof.token or proof.text.partition(";")[0])
     journal, verdict = Unwritten(task), "failed"
     try:
         (by_hook if task.wanted.hook else by_asking)(task, [proof], journal)
-        log(f"{found.name}: starting challenge at {challenge.url} ({challenge.kind})")
+        log(f"{found.name}: starting challenge at {challenge.url} ({kind})")
         client.answer(challenge)
         pause = POLL_SECONDS[0]
         while (found := client.authorization(found.url, task.names)).status == "pending":
@@ -6160,25 +6137,26 @@ def prove_name(client: Client, order: Order, found: Authorization, one: Challeng
 def prove_in_turn(client: Client, order: Order, task: Task) -> None:
     """Prove the names of an order one after another, each by the first challenge that is not declined."""
     for url in order.authorizations if order.status == "pending" else ():
-        found = client.authorization(url, task.names)
+        found, declined = client.authorization(url, task.names), ["no challenge was taken up"]
         for one in found.challenges if found.status == "pending" else ():
             try:
-                prove_name(client, order, found, one, task)
+                prove_name(client, order, found, one.kind, task)
                 break
             except ChallengeError as error:
-                log(str(error))
                 if not error.spent:
                     raise
+                log(str(error))
+                declined.append(str(error))
         else:
             if found.status != "valid":
-                raise ChallengeError(f"{found.name}: no challenge was taken up")
+                raise ChallengeError(f"{found.name}: {'; '.join(declined)}")
 
 
-def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> None:
+def uacme_obtain(call: Call, entry: Entry, opened: Opened) -> None:
     """Obtain a certificate and make it live, in uacme's order of things."""
     import threading
-    client, top = opened.client, os.path.dirname(os.path.dirname(opened.account.key))
-    task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(top or "."), world,
+    run, world, client = call.settings.run, call.clients.world, opened.client
+    task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(call.top), world,
                 threading.Event())
     try:
         order = start_order(opened, entry, task.names)
@@ -6193,18 +6171,16 @@ def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> N
 
 def uacme_issue(call: Call) -> int:
     """Issue a certificate if that is due, else 1; for check: 0 if it is due, else 1."""
-    run, now, check = call.settings.run, call.clients.world.now(), call.verb == "check"
-    key, entry = own_key(call), uacme_entry(call)
-    opened = open_account(call, key)
+    opened, entry, now = open_account(call), uacme_entry(call), call.clients.world.now()
     log(f"checking existence and expiration of {entry.chain}")
-    entry = entry if "i" in call.given else uacme_advised(entry, opened.client, run, now)
+    entry = entry if "i" in call.given else uacme_advised(entry, opened.client, call.settings.run, now)
     decision = decide(entry, now, forced="f" in call.given)
     log(dates(decision, now))
     if entry.blocked:
         raise FileError(entry.fault)
     log(f"{entry.title}: {f'due: {decision.reason}' if decision.due else 'not due'}")
-    if decision.due and not check:
-        uacme_obtain(entry, found_account(opened), run, call.clients.world)
+    if decision.due and call.verb == "issue":
+        uacme_obtain(call, entry, found_account(opened))
     return 0 if decision.due else 1
 
 
@@ -6217,24 +6193,24 @@ UACME_VERBS: dict[str, tuple[Callable[[Call], int], int, int]] = {      # with h
 def in_flat(call: Call) -> int:
     """Do what uacme is asked for in a directory of wucme's own, by the verbs of that; nothing is loaded."""
     settings, clients, world = call.settings, call.clients, call.clients.world
-    reason = next((name for name, code in REASONS.items() if code == int(call.given.get("r", "0"))), "")
     open_log(settings.run)
     if call.verb == "revoke":
-        return 2 * revoke(settings, Request("revoke", call.words[:1], reason=reason), world).status
+        reason = next((name for name, code in REASONS.items() if code == int(call.given.get("r", "0"))), "")
+        return revoke(settings, Request("revoke", tuple(call.words[:1]), reason=reason), world).status
     if call.verb not in ("issue", "check"):
-        return 2 * account_verb(settings, Request("account", (call.verb,)), world).status
-    named = ((), {"csr": call.words[0]}) if call.by_request else (call.words, {})
-    settings, label = declare(settings, *named)
-    now = world.now()
+        return account_verb(settings, Request("account", (call.verb,)), world).status
+    by_request = os.path.isfile(call.words[0])
+    settings, label = declare(settings, () if by_request else call.words, {"csr": call.words[0]} if by_request else {})
     with locked(settings.run, world):
-        request = Request("issue", (label,), "f" in call.given)
-        inventory = take_stock(settings)
-        told = ask_windows(examine(inventory, request, now), settings, clients, now)
-        found = choose(inventory, [label])[0]
-        decision = decide(told.get(found.name, found), now, True, request.force)
+        now, inventory = world.now(), take_stock(settings)
+        found, = choose(inventory, [label])
+        told = ask_windows([decide(found, now, True)], settings, clients, now)
+        decision = decide(told.get(found.name, found), now, True, "f" in call.given)
+        if found.blocked:
+            raise FileError(found.fault)
         if call.verb == "check":
             return 0 if decision.due else 1
-        clean_up(take_stock(settings), settings, world)
+        clean_up(inventory, settings, world)
         (_, outcome), = tend([decision], settings, clients, now)
     return {"renewed": 0, "current": 1}.get(outcome.state, 2)
 
