@@ -6805,6 +6805,10 @@ class TestCommandLine:
         (("--lisen", ":80"), "--lisen; did you mean --listen?"),
         (("--listen", "80"), "must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT"),
         (("--force",), "--force goes with issue and renew"),
+        (("status", "--csr", "x"), "--csr goes with issue, not with status"),
+        (("check", "--install"), "--install goes with timer, not with check"),
+        (("revoke", "a.example.test", "--dry-run"), "--dry-run goes with run and issue and renew and load and timer"),
+        (("account", "deactivate", "--dry-run"), "not with account"),
         (("renew", "nobody.example.test"), "no such certificate"),
         (("--server", "letsencript"), "did you mean letsencrypt?"),
         (("--ini", "/nonexistent.ini"), "/nonexistent.ini: there is no such file"),
@@ -6836,6 +6840,12 @@ class TestCommandLine:
             "would order a certificate for a.example.test at letsencrypt: expires in 4 days",
             "would run $ true for a.example.test"]
         assert "at letsencrypt-staging" in host.run("issue", "b.example.test", "--dry-run", "--staging").out
+
+    def test_staging_is_for_its_ca_and_loads_nothing_whatever_else_is_said(self, tmp_path: Path) -> None:
+        host = Host(tmp_path)
+        done = host.run("issue", "b.example.test", "--dry-run", "--staging", "--server", "zerossl", "--load", "$ true")
+        assert done.out.splitlines() == [
+            "would order a certificate for b.example.test at letsencrypt-staging: declared, and not there yet"]
 
     def test_status_json(self, tmp_path: Path) -> None:
         host = Host(tmp_path)

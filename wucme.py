@@ -6237,6 +6237,8 @@ def uacme(argv: Sequence[str], world: World) -> int:
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "check": None,
          "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
+ONLY_WITH = {"force": ("issue", "renew"), "install": ("timer",), "set_csr": ("issue",),
+             "dry_run": ("run", "issue", "renew", "load", "timer")}
 
 
 def version() -> str:
@@ -6288,19 +6290,17 @@ def option_texts(arguments: Json) -> dict[str, str]:
 
 def staging(settings: Settings) -> Settings:
     """The same settings for trying out: the staging CA, a directory of its own, no loads."""
-    def tame(scope: CertificateScope) -> CertificateScope:
-        return scope._replace(server=("letsencrypt-staging",), load=())
-
+    tame: Json = {"server": ("letsencrypt-staging",), "load": ()}
     return settings._replace(
         run=settings.run._replace(directory=os.path.join(settings.run.directory, "staging"), alert=(), metrics=""),
-        default=tame(settings.default), lists={},
-        sections={label: one._replace(values=tame(one.values)) for label, one in settings.sections.items()})
+        default=settings.default._replace(**tame), lists={},
+        sections={label: one._replace(values=one.values._replace(**tame)) for label, one in settings.sections.items()})
 
 
 def act(settings: Settings, request: Request, world: World) -> int:
     """Do what the verb says; the exit status."""
     if request.verb == "timer":
-        print("\n".join(timer(settings, request._replace(install=request.install and not request.dry_run), world)))
+        print("\n".join(timer(settings, request, world)))
         return 0
     if request.dry_run:
         if request.verb == "issue":
@@ -6313,12 +6313,12 @@ def act(settings: Settings, request: Request, world: World) -> int:
         print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
         return found.status
     if request.verb == "check":
-        bad = False
+        problems = 0
         for one in diagnose(settings, request, world):
-            bad = bad or one.level == PROBLEM
+            problems += one.level == PROBLEM
             if one.level == PROBLEM or not log.quiet:
                 print(f"{one.level:8}{printable(f'{one.about}: {one.text}')}", flush=True)
-        return int(bad)
+        return int(problems > 0)
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
@@ -6343,13 +6343,13 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
         raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} There are {', '.join(VERBS)}")
     if names and verb in ("run", "status", "thumbprint"):
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
-    if arguments["force"] and verb not in ("issue", "renew"):
-        raise SettingsError(f"--force goes with issue and renew, not with {verb}")
-    if arguments["install"] and verb != "timer":
-        raise SettingsError(f"--install goes with timer, not with {verb}")
-    options = option_texts(arguments)
-    if "csr" in options and verb != "issue":
-        raise SettingsError(f"--csr goes with issue, not with {verb}")
+    for flag, verbs in ONLY_WITH.items():
+        if arguments[flag] and verb not in verbs:
+            raise SettingsError(f"--{flag.replace('set_', '').replace('_', '-')} goes with {' and '.join(verbs)}, "
+                                f"not with {verb}")
+    # Trying out is for one CA and loads nothing, whatever other options say.
+    options = {key: text for key, text in option_texts(arguments).items()
+               if not arguments["staging"] or key not in ("server", "load")}
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
     common = {key: text for key, text in options.items()
@@ -6360,7 +6360,7 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
             raise SettingsError(fault)
     return (staging(settings) if arguments["staging"] else settings,
             Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"], arguments["install"]))
+                    arguments["staging"], arguments["reason"], arguments["install"] and not arguments["dry_run"]))
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
