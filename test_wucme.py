@@ -3237,6 +3237,16 @@ class TestItems:
                          wucme.Duty(items["+nginx"], [one, two])]
         assert wucme.duties([one], items, lambda *_: False) == []
 
+    @pytest.mark.parametrize("what", ["key", "pair", "p12 password_file=/p"])
+    def test_a_copy_with_a_key_in_it_is_none_without(self, tmp_path: Path, what: str) -> None:
+        chain, request = tmp_path / "chain", tmp_path / "request"
+        chain.write_bytes(CHAIN)
+        request.write_bytes(b"the key is elsewhere\n")
+        duty = wucme.Duty(wucme.parse_item(f"> {tmp_path}/copy what={what}"),
+                          [entry(known(1, 0))._replace(chain=str(chain), key=str(request))])
+        assert wucme.perform(duty, RUN, wucme.World()) == f"there is no key in {request}"
+        assert not (tmp_path / "copy").exists()
+
     @pytest.mark.parametrize(("server", "argv", "kept_options"), [
         ("nginx", ["nginx: master process /usr/sbin/nginx -g daemon off; -c /etc/x.conf -p/srv"],
          ["-c", "/etc/x.conf", "-p/srv"]),
@@ -3589,7 +3599,7 @@ class TestReport:
 
     @pytest.mark.parametrize(("when", "text"), [
         (NOW, "2026-02-13T00:20:00Z"), (0, "1970-01-01T00:00:00Z"), (float("inf"), None), (float("nan"), None),
-        (1e30, None)])
+        (1e30, None), (1e12, None), (-1e11, None)])
     def test_utc(self, when: float, text: str | None) -> None:
         assert wucme.utc(when) == text
 

@@ -3843,8 +3843,6 @@ def account_files(directory: str, server: str, url: str, first: bool) -> Account
 # with success. There is no other way in which anything is loaded.
 
 UNIT = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*")
-
-
 # postfix check tells its log alone what is wrong.
 POSTFIX_TEST = 'postconf >/dev/null || exit; postfix check || { echo "see the log of postfix"; exit 1; }'
 
@@ -3979,6 +3977,11 @@ def machine_id() -> str:
     return f"{binascii.crc32(text):08x}"        # to load hashlib takes longer than the rest of it
 
 
+def is_row(value: Any, *types: type) -> bool:
+    """Whether a value out of a state file is a list of just these types."""
+    return isinstance(value, list) and [type(one) for one in value] == list(types)
+
+
 class Ledger:
     """What this host has loaded, by certificate and item, and whom it has alarmed; written down as it happens."""
 
@@ -3987,16 +3990,12 @@ class Ledger:
         self.machine = machine_id()
         found = read_json(self.path)
         self.stranger = bool(found) and found.get("machine") != self.machine
-        self.records: dict[str, dict[str, Loaded]] = {}
-        self.alarms: dict[str, Alarm] = {}
-        held, told = (found.get(key) if not self.stranger else None for key in ("certificates", "alarms"))
-        for name, items in (held.items() if isinstance(held, dict) else ()):
-            if isinstance(items, dict):
-                self.records[name] = {text: Loaded(*about) for text, about in items.items()
-                                      if isinstance(about, list) and list(map(type, about)) == [str, str, float]}
-        for text, about in (told.items() if isinstance(told, dict) else ()):
-            if isinstance(about, list) and list(map(type, about)) == [list, float]:
-                self.alarms[text] = Alarm(tuple(about[0]), about[1])
+        tables: list[Any] = [found.get("certificates"), found.get("alarms")]
+        held, told = (one if isinstance(one, dict) and not self.stranger else {} for one in tables)
+        self.records = {name: {text: Loaded(*about) for text, about in items.items() if is_row(about, str, str, float)}
+                        for name, items in held.items() if isinstance(items, dict)}
+        self.alarms = {text: Alarm(tuple(about[0]), about[1]) for text, about in told.items()
+                       if is_row(about, list, float)}
         self.saved = "" if self.stranger else self.text()
 
     def text(self) -> str:
@@ -4022,12 +4021,9 @@ class Ledger:
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
         """Drop the items that no list has any more."""
-        for name in list(self.records):
-            items = self.records[name]
-            wanted = entries[name].wanted.load if name in entries else ()
-            self.records[name] = {text: about for text, about in items.items() if text in wanted}
-            if not self.records[name]:
-                del self.records[name]
+        kept = {name: {text: about for text, about in items.items() if text in entries[name].wanted.load}
+                for name, items in self.records.items() if name in entries}
+        self.records = {name: items for name, items in kept.items() if items}
 
     def save(self) -> None:
         """Write it, if anything in it is new."""
@@ -4130,13 +4126,10 @@ def unit_of(master: Process, timeout: float, world: World) -> str:
 def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
     """Test the configuration of one running server and have it reload; the problem, or ""."""
     kind, who = STANDARD[name], f"{name} (pid {master.pid})"
-    tested = Finished("", [])
-    for pause in (1.0, 0.0) if kind.test else ():
+    tested = server_command(kind, kind.test, master, timeout, world) if kind.test else Finished("", [])
+    if tested.problem:          # it may have opened one of two files before a rename and the other after it
+        world.sleep(1.0)
         tested = server_command(kind, kind.test, master, timeout, world)
-        if not tested.problem:
-            break
-        # It may have opened one of two files before a rename and the other after it.
-        world.sleep(pause)
     if tested.problem:
         for line in tested.output:
             log(f"+{name}: {line}")
@@ -4214,6 +4207,8 @@ def write_copy(duty: Duty, _: RunScope, __: World) -> str:
     what, path = options["what"], destination(duty.item, entry)
     # From parsed blocks: the chain file may hold the key too.
     chain, key = certificates(read(entry.chain)), private_key(read(entry.key))
+    if WHATS[what] and not key:
+        return f"there is no key in {entry.key}"
     data = b"".join({"cert": chain[:1], "issuers": chain[1:], "key": [key], "pair": [key, *chain]}.get(what, chain))
     if what == "p12":
         pair, password = b"".join([key, *chain]), read(options["password_file"]).strip(b"\r\n")
@@ -4310,9 +4305,9 @@ class Report(NamedTuple):
     certificates: list[Outcome]
     loads: list[Outcome]
 
-    def count(self, state: str) -> int:
-        """How many ended in a state."""
-        return sum(one.state == state for one in [*self.certificates, *self.loads])
+    def count(self, *states: str) -> int:
+        """How many ended in one of these states."""
+        return sum(one.state in states for one in [*self.certificates, *self.loads])
 
     def tally(self) -> str:
         """The last line of a run."""
@@ -4323,7 +4318,7 @@ class Report(NamedTuple):
     @property
     def status(self) -> int:
         """The exit status."""
-        return 1 if any(self.count(state) for state in ("failed", "held", "owed")) else 0
+        return int(self.count("failed", "held", "owed") > 0)
 
     @property
     def news(self) -> bool:
@@ -4331,20 +4326,23 @@ class Report(NamedTuple):
         return any(one.news for one in [*self.certificates, *self.loads])
 
 
-def utc(when: float) -> str | None:
-    """A time for machines, in UTC; None for never."""
+def written(form: str, clock: Callable[[float], time.struct_time], when: float) -> str:
+    """A time by a form of strftime; "" for one that no calendar has."""
     try:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+        return time.strftime(form, clock(when))
     except (OverflowError, ValueError, OSError):
-        return None
+        return ""
+
+
+def utc(when: float) -> str | None:
+    """A time for machines, in UTC; None for never, and for what `epoch` could not read."""
+    text = written("%Y-%m-%dT%H:%M:%SZ", time.gmtime, when)
+    return text if len(text) == 20 else None
 
 
 def local_time(when: float) -> str:
     """A time for a person, in local time."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
-    except (OverflowError, ValueError, OSError):
-        return "never"
+    return written("%Y-%m-%d %H:%M", time.localtime, when) or "never"
 
 
 def epoch(text: str) -> float:
