@@ -4041,11 +4041,11 @@ class Duty(NamedTuple):
 
 def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """The items of several lists, each once, so that every list's own order is kept where that can be."""
-    found = list(dict.fromkeys(tuple(one) for one in lists))
-    before: dict[str, list[str]] = {}
+    found = dict.fromkeys(tuple(one) for one in lists)
+    before: dict[str, list[str]] = {text: [] for one in found for text in one}
     for one in found:
-        for place, text in enumerate(one):
-            before.setdefault(text, []).extend(one[max(0, place - 1):place])
+        for earlier, text in zip(one, one[1:]):
+            before[text].append(earlier)
     if len(found) > 1:
         import graphlib
         with contextlib.suppress(graphlib.CycleError):
@@ -4155,13 +4155,11 @@ def standard_load(duty: Duty, _: RunScope, world: World) -> str:
     if names[0] == "systemd":
         return with_last_line(world.command(["systemctl", "try-reload-or-restart", names[1]], child_environment(),
                                             timeout))
-    problems, running = [], []
+    problems = []
     for name in names:
-        found = [one for one in processes(STANDARD[name].commands) if STANDARD[name].path in one.argv[0]]
-        for master in [one for one in found if one.parent not in {other.pid for other in found}]:
-            running.append(name)
-            problems.append(reload_server(name, master, timeout, world))
-    if not running:
+        found = {one.pid: one for one in processes(STANDARD[name].commands) if STANDARD[name].path in one.argv[0]}
+        problems += [reload_server(name, one, timeout, world) for one in found.values() if one.parent not in found]
+    if not problems:
         log(f"{duty.item.text}: no {' or '.join(names)} runs here; it reads the new files when it starts")
     return "; ".join(filter(None, problems))
 
@@ -4222,31 +4220,27 @@ def write_copy(duty: Duty, _: RunScope, __: World) -> str:
     return ""
 
 
-def shown_instead(entry: Entry, pem: bytes, now: float) -> str:
-    """Which certificate a server shows in place of the one on disk; "" if it is that."""
-    shown = facts(pem)
+def shown_instead(item: Item, entry: Entry, host: str, name: str, world: World) -> str:
+    """What a server shows in place of the certificate on disk; "" if it is that."""
+    try:
+        shown = facts(world.connect(host, int(item.argv[1]), name, item.options.get("starttls", ""), CONNECT_SECONDS))
+    except WucmeError as error:
+        return f"no certificate: {error}"
     if entry.facts and shown.fingerprint == entry.facts.fingerprint:
         return ""
     return (f"another certificate, for {' '.join(shown.names) or 'no name'}, serial {shown.serial}, "
-            f"that {'expired' if shown.not_after <= now else 'expires'} {gmt(shown.not_after)}")
+            f"that {'expired' if shown.not_after <= world.now() else 'expires'} {gmt(shown.not_after)}")
 
 
 def prove_once(item: Item, entry: Entry, world: World) -> str:
     """Compare what a server shows with what is on disk; the problem, or ""."""
     host, name = item.argv[0].replace("{name}", entry.name), server_name(item, entry)
-    problems = []
     try:
         hosts = world.resolve(host) if "all" in item.options else [host]
     except NetworkError as error:
         return f"{host}: {error}"
-    for one in hosts:
-        try:
-            problem = shown_instead(entry, world.connect(one, int(item.argv[1]), name, item.options.get("starttls", ""),
-                                                         CONNECT_SECONDS), world.now())
-        except WucmeError as error:
-            problem = f"no certificate: {error}"
-        problems += [f"{one} asked for {name} shows {problem}"] if problem else []
-    return "; ".join(problems)
+    shown = {one: shown_instead(item, entry, one, name, world) for one in hosts}
+    return "; ".join(f"{one} asked for {name} shows {problem}" for one, problem in shown.items() if problem)
 
 
 def prove(duty: Duty, _: RunScope, world: World) -> str:
@@ -5967,7 +5961,7 @@ def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) ->
     return finished
 
 
-def uacme_key(path: str, kind: str, make: bool, directories: Mapping[str, int]) -> PrivateKey:
+def uacme_key(call: Call, path: str, make: bool, directories: Mapping[str, int] = {}) -> PrivateKey:
     """The key in a file of uacme's; it and its directories (with their modes) are made if they may be."""
     missing = [one for one in (*directories, path) if not os.path.exists(one)]
     if missing and not make:
@@ -5979,7 +5973,7 @@ def uacme_key(path: str, kind: str, make: bool, directories: Mapping[str, int]) 
             sync_directory(directory)
     if not os.path.exists(path):
         log(f"making a key, {path}")
-        create(path, key_pem(new_key(kind)), Owner(0o400, -1, -1))
+        create(path, key_pem(new_key(call.settings.default.key)), Owner(0o400, -1, -1))
         sync_directory(path)
     return account_key(Account(path, ""))
 
@@ -6002,8 +5996,7 @@ def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Ste
 def open_account(call: Call) -> Opened:
     """The account in uacme's directory, not yet looked for at the CA; `new` alone may make its key."""
     word, path = call.settings.default.server[0], os.path.join(call.private, "key.pem")
-    key = uacme_key(path, call.settings.default.key, call.verb == "new" and "n" not in call.given,
-                    {call.top: 0o755, call.private: 0o700})
+    key = uacme_key(call, path, call.verb == "new" and "n" not in call.given, {call.top: 0o755, call.private: 0o700})
     client, server = call.clients.reach(word), find_server(call.settings, word)[1]
     client.key = key
     return Opened(client, server, Account(path, ""), applicant(server))
@@ -6016,49 +6009,44 @@ def found_account(opened: Opened) -> Opened:
     return opened
 
 
-def uacme_new(call: Call) -> int:
+def uacme_new(call: Call) -> None:
     """Make an account; one that is there already is an error, as it is to uacme."""
     opened = open_account(call)
     if opened.client.register(opened.who, False):
         raise AcmeError(f"{opened.client.url}: there is an account with the key {opened.account.key} already")
     sign_up(opened.client, opened.server, opened.who, call.clients.world)
-    return 0
 
 
-def uacme_update(call: Call) -> int:
+def uacme_update(call: Call) -> None:
     """Replace the contact of the account."""
     opened = found_account(open_account(call))
     opened.client.account_object({"contact": [f"mailto:{address}" for address in opened.who.contact]})
-    return 0
 
 
-def uacme_newkey(call: Call) -> int:
+def uacme_newkey(call: Call) -> None:
     """Give the account another key."""
     opened, new = found_account(open_account(call)), os.path.join(call.private, "newkey.pem")
-    opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given, {}))
+    opened.client.change_key(uacme_key(call, new, "n" not in call.given))
     for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
         log(step.text)
         step.do()
-    return 0
 
 
-def uacme_deactivate(call: Call) -> int:
+def uacme_deactivate(call: Call) -> None:
     """Close the account for good."""
     found_account(open_account(call)).client.account_object({"status": "deactivated"})
-    return 0
 
 
-def uacme_revoke(call: Call) -> int:
+def uacme_revoke(call: Call) -> None:
     """Revoke the certificate in a file, by its own key if that is given, and put the file aside."""
     path, *keys = call.words
     chain = read(path)
     serial = facts(chain).serial
-    key = uacme_key(keys[0], "", False, {}) if keys else None
+    key = uacme_key(call, keys[0], False) if keys else None
     client = call.clients.reach(call.settings.default.server[0]) if key else found_account(open_account(call)).client
     log(f"revoking {path}, serial number {serial}")
     client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
     rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.clients.world.now())}.pem"))
-    return 0
 
 
 def uacme_entry(call: Call) -> Entry:
@@ -6073,7 +6061,7 @@ def uacme_entry(call: Call) -> Entry:
         wanted = wanted._replace(names=parse_value(NOWHERE, "", "names", " ".join(call.words)))
         public, private = (os.path.join(top, word.removeprefix("*.")) for top in (call.top, call.private))
         chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
-        uacme_key(key, wanted.key, call.verb == "issue" and "n" not in call.given, {private: 0o700, public: 0o755})
+        uacme_key(call, key, call.verb == "issue" and "n" not in call.given, {private: 0o700, public: 0o755})
     # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
     memory = Memory(names=wanted.names, server=find_server(call.settings, wanted.server[0])[1].url)
     return look(Entry(word, chain, key, memory, memory, wanted, frozenset(["names"])))
@@ -6182,7 +6170,7 @@ def uacme_issue(call: Call) -> int:
     return 0 if decision.due else 1
 
 
-UACME_VERBS: dict[str, tuple[Callable[[Call], int], int, int]] = {      # with how many arguments each takes
+UACME_VERBS: dict[str, tuple[Callable[[Call], int | None], int, int]] = {       # with how many arguments each takes
     "new": (uacme_new, 0, 1), "update": (uacme_update, 0, 1), "deactivate": (uacme_deactivate, 0, 0),
     "newkey": (uacme_newkey, 0, 0), "issue": (uacme_issue, 1, 100), "check": (uacme_issue, 1, 100),
     "revoke": (uacme_revoke, 1, 2)}
@@ -6223,7 +6211,7 @@ def uacme(argv: Sequence[str], world: World) -> int:
             if fault := anyone_may_write(path):
                 raise SettingsError(fault)
         with contextlib.closing(call.clients):
-            status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
+            status = (UACME_VERBS[call.verb][0](call) or 0) if call.top else in_flat(call)
     except (WucmeError, OSError) as error:
         log(f"failed: {sentence(error)}", wrong=True)
         status = 2
