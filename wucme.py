@@ -4320,23 +4320,21 @@ class Report(NamedTuple):
         return any(one.news for one in [*self.certificates, *self.loads])
 
 
-def written(form: str, clock: Callable[[float], time.struct_time], when: float) -> str:
-    """A time by a form of strftime; "" for one that no calendar has."""
-    try:
-        return time.strftime(form, clock(when))
-    except (OverflowError, ValueError, OSError):
-        return ""
-
-
 def utc(when: float) -> str | None:
     """A time for machines, in UTC; None for never, and for what `epoch` could not read."""
-    text = written("%Y-%m-%dT%H:%M:%SZ", time.gmtime, when)
+    try:
+        text = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
+    except (OverflowError, ValueError, OSError):
+        return None
     return text if len(text) == 20 else None
 
 
 def local_time(when: float) -> str:
     """A time for a person, in local time."""
-    return written("%Y-%m-%d %H:%M", time.localtime, when) or "never"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+    except (OverflowError, ValueError, OSError):
+        return "never"
 
 
 def epoch(text: str) -> float:
@@ -5899,9 +5897,9 @@ def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
     pairs = [(known.get(option, option[1:]), value) for option, value in pairs]
     given = dict(pairs)
     for letter, value in given.items():
-        if not re.fullmatch(UACME_OPTIONS[letter].form, value):
-            raise SettingsError(f"--uacme: -{letter} {printable(value)}: must be of the form "
-                                f"{UACME_OPTIONS[letter].form}")
+        form = UACME_OPTIONS[letter].form
+        if not re.fullmatch(form, value):
+            raise SettingsError(f"--uacme: -{letter} {printable(value)}: must be of the form {form}")
     if {"V", "?"} & set(given) or not words or words[0] not in UACME_VERBS:
         raise SettingsError(f"wucme {VERSION}, as uacme: one of {', '.join(UACME_VERBS)}; options: " + " ".join(
             f"-{letter}|--{one.name}" for letter, one in UACME_OPTIONS.items()))
@@ -6189,9 +6187,9 @@ def in_flat(call: Call) -> int:
     settings, label = declare(settings, () if by_request else call.words, {"csr": call.words[0]} if by_request else {})
     with locked(settings.run, world):
         now, inventory = world.now(), take_stock(settings)
-        found, = choose(inventory, [label])
-        told = ask_windows([decide(found, now, True)], settings, clients, now)
-        decision = decide(told.get(found.name, found), now, True, "f" in call.given)
+        found, forced = choose(inventory, [label])[0], "f" in call.given
+        told = ask_windows([decide(found, now, True, forced)], settings, clients, now)
+        decision = decide(told.get(found.name, found), now, True, forced)
         if found.blocked:
             raise FileError(found.fault)
         if call.verb == "check":
@@ -6256,7 +6254,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
     parser.add_argument("--reason", default="unspecified")
     parser.add_argument("--csr", dest="set_csr")
-    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "install", "version", "help"):
+    parser.add_argument("--json", dest="as_json", action="store_true")
+    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "install", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
@@ -6286,7 +6285,7 @@ def staging(settings: Settings) -> Settings:
 def act(settings: Settings, request: Request, world: World) -> int:
     """Do what the verb says; the exit status."""
     if request.verb == "timer":
-        print("\n".join(timer(settings, request, world)))
+        print("\n".join(timer(settings, request._replace(install=request.install and not request.dry_run), world)))
         return 0
     if request.dry_run:
         if request.verb == "issue":
@@ -6344,9 +6343,8 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     for path in (os.path.abspath(__file__), settings.run.directory):
         if fault := anyone_may_write(path):
             raise SettingsError(fault)
-    return (staging(settings) if arguments["staging"] else settings,
-            Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"], arguments["install"] and not arguments["dry_run"]))
+    request = Request(**pick(Request, arguments, {"names": names, "options": options, "ini": named}))
+    return staging(settings) if arguments["staging"] else settings, request
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
