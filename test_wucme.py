@@ -2197,8 +2197,10 @@ class TestPlan:
     def test_odd_dates_raise_nothing(self, start: float, end: float, renew: str) -> None:
         decision = wucme.decide(entry(known(1, 0)._replace(not_before=start, not_after=end), renew), NOW)
         assert " !after: " in wucme.dates(decision, NOW)
-        assert wucme.certificate_json(decision, [])["not_after"]
-        assert wucme.certificate_text(decision, wucme.certificate_json(decision, []), NOW)
+        found = wucme.certificate_json(decision, [])
+        assert [wucme.epoch(found[key]) for key in ("not_before", "not_after")] == [start, end]
+        assert wucme.certificate_text(decision, found, NOW)
+        wucme.overdue([found], NOW)
 
 
 # --- 8. challenges -----------------------------------------------------------------------------
@@ -3556,8 +3558,10 @@ class TestReport:
         assert [list(load) for load in found["certificates"][0]["loads"]] == [["item", "state", "since", "problem"]]
 
     def test_a_certificate_that_is_not_there_has_nulls(self) -> None:
-        found = wucme.certificate_json(wucme.decide(entry(None, names=("a.example",)), NOW), [])
+        loads = [{"item": "$ a", "state": "loaded", "since": None, "problem": ""}]
+        found = wucme.certificate_json(wucme.decide(entry(None, names=("a.example",)), NOW), loads)
         assert [found[key] for key in ("names", "due", "not_after", "renew_at")] == [["a.example"], True, None, None]
+        assert found["loads"] == [], "nothing was loaded"
 
     def test_problems_are_what_is_failing_missing_expired_or_owed(self) -> None:
         loads = [{"item": "$ a", "state": "owed", "since": None, "problem": "no\nway"},

@@ -4321,20 +4321,15 @@ class Report(NamedTuple):
 
 
 def utc(when: float) -> str | None:
-    """A time for machines, in UTC; None for never, and for what `epoch` could not read."""
-    try:
-        text = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
-    except (OverflowError, ValueError, OSError):
+    """A time for machines, in UTC; None for never, and for what is not in the years 1 to 9999."""
+    if not -62135596800 <= when < 253402300800:
         return None
-    return text if len(text) == 20 else None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)).zfill(20)
 
 
 def local_time(when: float) -> str:
     """A time for a person, in local time."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
-    except (OverflowError, ValueError, OSError):
-        return "never"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) if utc(when) else "never"
 
 
 def epoch(text: str) -> float:
@@ -4353,7 +4348,7 @@ def certificate_json(decision: Decision, loads: list[Json]) -> Json:
             "not_after": about and utc(about.not_after),
             "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
             "failures": {"count": entry.memory.failures, "next": utc(next_time) if problem and next_time else None,
-                         "problem": problem}, "loads": loads}
+                         "problem": problem}, "loads": loads if about else []}
 
 
 def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
@@ -4368,8 +4363,7 @@ def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
         lines.append(f"    failed: {found['failures']['problem']}")
     for load in found["loads"]:
         since = f" since {local_time(epoch(load['since']))}" if load["since"] else ""
-        problem = f": {load['problem']}" if load["problem"] else ""
-        lines.append(f"    {load['state']}{since}: {load['item']}{problem}")
+        lines.append(": ".join(filter(None, [f"    {load['state']}{since}", load["item"], load["problem"]])))
     return [printable(line) for line in lines]
 
 
@@ -4380,7 +4374,7 @@ def troubles(found: Iterable[Json], now: float) -> list[str]:
         wrong = [f"failed: {one['failures']['problem']}"] if one["failures"]["problem"] else []
         if not one["not_after"] or one["not_after"] <= (utc(now) or ""):
             wrong.append(f"expired {one['not_after']}" if one["not_after"] else "not there")
-        wrong += [f"owed: {load['item']}" + (f": {load['problem']}" if load["problem"] else "")
+        wrong += [": ".join(filter(None, ["owed", load["item"], load["problem"]]))
                   for load in one["loads"] if load["state"] == "owed"]
         lines += [printable(f"{(one['names'] or [one['name']])[0]}: {text}") for text in wrong]
     return lines
@@ -5952,8 +5946,8 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
 
 
 def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) -> Finished:
-    """Run a hook, and pass on what it says."""
-    finished = command(*arguments, **more)
+    """Run a hook where we are, and pass on what it says."""
+    finished = command(*arguments, cwd=os.getcwd(), **more)
     for line in [] if log.live else finished.output:
         log.show(f"{printable(line)}\n")
     return finished
@@ -6203,8 +6197,7 @@ def uacme(argv: Sequence[str], world: World) -> int:
     """wucme.py --uacme: 0 done, 1 nothing to do, 2 failed or a usage error; for check 0 is due, 1 is not."""
     log.clock = world.now
     try:
-        command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
-        call = understand_call(argv, world._replace(command=command))
+        call = understand_call(argv, world._replace(command=functools.partial(overheard, world.command)))
         for path in (os.path.abspath(__file__), call.top or call.settings.run.directory):
             if fault := anyone_may_write(path):
                 raise SettingsError(fault)
