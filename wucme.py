@@ -4343,9 +4343,8 @@ def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     entry, about = decision.entry, decision.entry.facts
     problem, next_time = entry.memory.problem, max(entry.memory.retry_at, entry.memory.held_until)
     return {"name": entry.name, "file": entry.chain, "names": list(about.names if about else entry.wanted.names),
-            "issuer": about and about.issuer, "serial": about and about.serial,
-            "fingerprint": about and about.fingerprint, "not_before": about and utc(about.not_before),
-            "not_after": about and utc(about.not_after),
+            **{key: getattr(about, key, None) for key in ("issuer", "serial", "fingerprint")},
+            "not_before": about and utc(about.not_before), "not_after": about and utc(about.not_after),
             "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
             "failures": {"count": entry.memory.failures, "next": utc(next_time) if problem and next_time else None,
                          "problem": problem}, "loads": loads if about else []}
