@@ -3203,6 +3203,7 @@ class TestItems:
         ("> /a mode=", "once and with its value"), ("> /a mode=600 mode=600", "once and with its value"),
         ("? a", "must be :PORT, ADDRESS:PORT"), ("? :443", "needs HOST:PORT"), ("? a:0", "must be"),
         ("?", "must be ? HOST:PORT"), ("? a:1 all=yes", "once and with"), ("? a:1 sni", "must be one of"),
+        ("? a:1 sni={names}", "only {name} is replaced"),
         ("? a:1 starttls=ftp", "must be one of smtp, imap, pop3"),
     ])
     def test_a_bad_item(self, text: str, reason: str) -> None:

@@ -3918,7 +3918,7 @@ def parse_options(rest: str, form: str, known: Sequence[str]) -> tuple[str, dict
         if key + equals not in known or key in options or bool(equals) != bool(value):
             raise ValueError(f"{word!r} must be one of {' '.join(known)}, once and with its value")
         options[key] = value
-    if not words or re.search("[{}]", words[0].replace("{name}", "")):
+    if not words or re.search("[{}]", (words[0] + options.get("sni", "")).replace("{name}", "")):
         raise ValueError(f"must be {form}, and only {{name}} is replaced in it")
     return words[0], options
 
