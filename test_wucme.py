@@ -2261,8 +2261,10 @@ class TestPlan:
     def test_odd_dates_raise_nothing(self, start: float, end: float, renew: str) -> None:
         decision = wucme.decide(entry(known(1, 0)._replace(not_before=start, not_after=end), renew), NOW)
         assert " !after: " in wucme.dates(decision, NOW)
-        assert wucme.certificate_json(decision, [])["not_after"]
-        assert wucme.certificate_text(decision, wucme.certificate_json(decision, []), NOW)
+        found = wucme.certificate_json(decision, [])
+        assert [wucme.epoch(found[key]) for key in ("not_before", "not_after")] == [start, end]
+        assert wucme.certificate_text(decision, found, NOW)
+        wucme.overdue([found], NOW)
 
 
 # --- 8. challenges -----------------------------------------------------------------------------
@@ -3299,6 +3301,7 @@ class TestItems:
         ("> /a mode=", "once and with its value"), ("> /a mode=600 mode=600", "once and with its value"),
         ("? a", "must be :PORT, ADDRESS:PORT"), ("? :443", "needs HOST:PORT"), ("? a:0", "must be"),
         ("?", "must be ? HOST:PORT"), ("? a:1 all=yes", "once and with"), ("? a:1 sni", "must be one of"),
+        ("? a:1 sni={names}", "only {name} is replaced"),
         ("? a:1 starttls=ftp", "must be one of smtp, imap, pop3"),
     ])
     def test_a_bad_item(self, text: str, reason: str) -> None:
@@ -3334,6 +3337,16 @@ class TestItems:
         assert found == [wucme.Duty(items["$ a"], [one]), wucme.Duty(items["$ a"], [other]),
                          wucme.Duty(items["+nginx"], [one, two])]
         assert wucme.duties([one], items, lambda *_: False) == []
+
+    @pytest.mark.parametrize("what", ["key", "pair", "p12 password_file=/p"])
+    def test_a_copy_with_a_key_in_it_is_none_without(self, tmp_path: Path, what: str) -> None:
+        chain, request = tmp_path / "chain", tmp_path / "request"
+        chain.write_bytes(CHAIN)
+        request.write_bytes(b"the key is elsewhere\n")
+        duty = wucme.Duty(wucme.parse_item(f"> {tmp_path}/copy what={what}"),
+                          [entry(known(1, 0))._replace(chain=str(chain), key=str(request))])
+        assert wucme.perform(duty, RUN, wucme.World()) == f"there is no key in {request}"
+        assert not (tmp_path / "copy").exists()
 
     @pytest.mark.parametrize(("server", "argv", "kept_options"), [
         ("nginx", ["nginx: master process /usr/sbin/nginx -g daemon off; -c /etc/x.conf -p/srv"],
@@ -3644,8 +3657,10 @@ class TestReport:
         assert [list(load) for load in found["certificates"][0]["loads"]] == [["item", "state", "since", "problem"]]
 
     def test_a_certificate_that_is_not_there_has_nulls(self) -> None:
-        found = wucme.certificate_json(wucme.decide(entry(None, names=("a.example",)), NOW), [])
+        loads = [{"item": "$ a", "state": "loaded", "since": None, "problem": ""}]
+        found = wucme.certificate_json(wucme.decide(entry(None, names=("a.example",)), NOW), loads)
         assert [found[key] for key in ("names", "due", "not_after", "renew_at")] == [["a.example"], True, None, None]
+        assert found["loads"] == [], "nothing was loaded"
 
     def test_problems_are_what_is_failing_missing_expired_or_owed(self) -> None:
         loads = [{"item": "$ a", "state": "owed", "since": None, "problem": "no\nway"},
@@ -3687,7 +3702,7 @@ class TestReport:
 
     @pytest.mark.parametrize(("when", "text"), [
         (NOW, "2026-02-13T00:20:00Z"), (0, "1970-01-01T00:00:00Z"), (float("inf"), None), (float("nan"), None),
-        (1e30, None)])
+        (1e30, None), (1e12, None), (-1e11, None)])
     def test_utc(self, when: float, text: str | None) -> None:
         assert wucme.utc(when) == text
 
@@ -6933,6 +6948,10 @@ class TestCommandLine:
         (("--lisen", ":80"), "--lisen; did you mean --listen?"),
         (("--listen", "80"), "must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT"),
         (("--force",), "--force goes with issue and renew"),
+        (("status", "--csr", "x"), "--csr goes with issue, not with status"),
+        (("check", "--install"), "--install goes with timer, not with check"),
+        (("revoke", "a.example.test", "--dry-run"), "--dry-run goes with run and issue and renew and load and timer"),
+        (("account", "deactivate", "--dry-run"), "not with account"),
         (("renew", "nobody.example.test"), "no such certificate"),
         (("--server", "letsencript"), "did you mean letsencrypt?"),
         (("--ini", "/nonexistent.ini"), "/nonexistent.ini: there is no such file"),
@@ -6964,6 +6983,12 @@ class TestCommandLine:
             "would order a certificate for a.example.test at letsencrypt: expires in 4 days",
             "would run $ true for a.example.test"]
         assert "at letsencrypt-staging" in host.run("issue", "b.example.test", "--dry-run", "--staging").out
+
+    def test_staging_is_for_its_ca_and_loads_nothing_whatever_else_is_said(self, tmp_path: Path) -> None:
+        host = Host(tmp_path)
+        done = host.run("issue", "b.example.test", "--dry-run", "--staging", "--server", "zerossl", "--load", "$ true")
+        assert done.out.splitlines() == [
+            "would order a certificate for b.example.test at letsencrypt-staging: declared, and not there yet"]
 
     def test_status_json(self, tmp_path: Path) -> None:
         host = Host(tmp_path)
@@ -8032,6 +8057,13 @@ class TestAsUacme:
         if answer == b"y\n":
             alike.certificate()
 
+    def test_without_a_hook_and_a_terminal_it_says_what_is_missing(self, fake: fakeca.FakeCA, alike: Twin) -> None:
+        fake.offered = {"http-01"}
+        done = alike.run(["issue", "a.example.test"])
+        assert done.status == 2
+        assert "a.example.test: no challenge was taken up; " in done.err
+        assert "(without -h a terminal is asked)" in done.err
+
     def test_its_proxy_and_directory_of_cas(self, fake: fakeca.FakeCA, alike: Twin, tmp_path: Path) -> None:
         port = fake.server.server_port
         openssl = [testbed.program("openssl"), "x509", "-noout", "-hash", "-in", str(fake.ca_file)]
@@ -8146,6 +8178,16 @@ class TestAsUacmeInAFlatDirectory:
         assert self.run(lab, "newkey").status == 0
         assert self.run(lab, "deactivate").status == 0
 
+    def test_check_of_what_cannot_be_used_is_no_answer(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("account", "new")
+        fakeca.make_pair(lab.directory, "a.example.test", ["a.example.test"], datetime.now(timezone.utc)
+                         - timedelta(89), datetime.now(timezone.utc) + timedelta(1))
+        assert self.run(lab, "check", "a.example.test").status == 0
+        key: Any = ed25519.Ed25519PrivateKey.generate()
+        lab.key().write_bytes(wucme.key_pem(key))
+        done = self.run(lab, "check", "a.example.test")
+        assert (done.status, "of a kind that CAs do not take" in done.err) == (2, True)
+
 
 class TestUacmeOptions:
     @pytest.mark.parametrize(("words", "texts"), [
@@ -8163,7 +8205,8 @@ class TestUacmeOptions:
         assert wucme.texts_of(given) == texts
         wucme.read_settings(wucme.NOWHERE, texts)
 
-    @pytest.mark.parametrize("words", ["-s -a https://ca/dir", "-k -n", "-e a:b:128", "-d 0", "-l A", "-r x", "-t DSA"])
+    @pytest.mark.parametrize("words", ["-s -a https://ca/dir", "-k -n", "-e a:b:128", "-d 0", "-l A", "-r x", "-t DSA",
+                                       pytest.param(f"-b {'9' * 5000}", id="digits")])
     def test_what_cannot_be_is_refused(self, words: str) -> None:
         with pytest.raises(wucme.SettingsError):
             wucme.read_call(["issue", *words.split(), "a.b"])

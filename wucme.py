@@ -3901,8 +3901,6 @@ def account_files(directory: str, server: str, url: str, first: bool) -> Account
 # with success. There is no other way in which anything is loaded.
 
 UNIT = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*")
-
-
 # postfix check tells its log alone what is wrong.
 POSTFIX_TEST = 'postconf >/dev/null || exit; postfix check || { echo "see the log of postfix"; exit 1; }'
 
@@ -3978,7 +3976,7 @@ def parse_options(rest: str, form: str, known: Sequence[str]) -> tuple[str, dict
         if key + equals not in known or key in options or bool(equals) != bool(value):
             raise ValueError(f"{word!r} must be one of {' '.join(known)}, once and with its value")
         options[key] = value
-    if not words or re.search("[{}]", words[0].replace("{name}", "")):
+    if not words or re.search("[{}]", (words[0] + options.get("sni", "")).replace("{name}", "")):
         raise ValueError(f"must be {form}, and only {{name}} is replaced in it")
     return words[0], options
 
@@ -4037,6 +4035,11 @@ def machine_id() -> str:
     return f"{binascii.crc32(text):08x}"        # to load hashlib takes longer than the rest of it
 
 
+def is_row(value: Any, *types: type) -> bool:
+    """Whether a value out of a state file is a list of just these types."""
+    return isinstance(value, list) and [type(one) for one in value] == list(types)
+
+
 class Ledger:
     """What this host has loaded, by certificate and item, and whom it has alarmed; written down as it happens."""
 
@@ -4045,16 +4048,12 @@ class Ledger:
         self.machine = machine_id()
         found = read_json(self.path)
         self.stranger = bool(found) and found.get("machine") != self.machine
-        self.records: dict[str, dict[str, Loaded]] = {}
-        self.alarms: dict[str, Alarm] = {}
-        held, told = (found.get(key) if not self.stranger else None for key in ("certificates", "alarms"))
-        for name, items in (held.items() if isinstance(held, dict) else ()):
-            if isinstance(items, dict):
-                self.records[name] = {text: Loaded(*about) for text, about in items.items()
-                                      if isinstance(about, list) and list(map(type, about)) == [str, str, float]}
-        for text, about in (told.items() if isinstance(told, dict) else ()):
-            if isinstance(about, list) and list(map(type, about)) == [list, float]:
-                self.alarms[text] = Alarm(tuple(about[0]), about[1])
+        tables: list[Any] = [found.get("certificates"), found.get("alarms")]
+        held, told = (one if isinstance(one, dict) and not self.stranger else {} for one in tables)
+        self.records = {name: {text: Loaded(*about) for text, about in items.items() if is_row(about, str, str, float)}
+                        for name, items in held.items() if isinstance(items, dict)}
+        self.alarms = {text: Alarm(tuple(about[0]), about[1]) for text, about in told.items()
+                       if is_row(about, list, float)}
         self.saved = "" if self.stranger else self.text()
 
     def text(self) -> str:
@@ -4080,12 +4079,9 @@ class Ledger:
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
         """Drop the items that no list has any more."""
-        for name in list(self.records):
-            items = self.records[name]
-            wanted = entries[name].wanted.load if name in entries else ()
-            self.records[name] = {text: about for text, about in items.items() if text in wanted}
-            if not self.records[name]:
-                del self.records[name]
+        kept = {name: {text: about for text, about in items.items() if text in entries[name].wanted.load}
+                for name, items in self.records.items() if name in entries}
+        self.records = {name: items for name, items in kept.items() if items}
 
     def save(self) -> None:
         """Write it, if anything in it is new."""
@@ -4103,11 +4099,11 @@ class Duty(NamedTuple):
 
 def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
     """The items of several lists, each once, so that every list's own order is kept where that can be."""
-    found = list(dict.fromkeys(tuple(one) for one in lists))
-    before: dict[str, list[str]] = {}
+    found = dict.fromkeys(tuple(one) for one in lists)
+    before: dict[str, list[str]] = {text: [] for one in found for text in one}
     for one in found:
-        for place, text in enumerate(one):
-            before.setdefault(text, []).extend(one[max(0, place - 1):place])
+        for earlier, text in zip(one, one[1:]):
+            before[text].append(earlier)
     if len(found) > 1:
         import graphlib
         with contextlib.suppress(graphlib.CycleError):
@@ -4188,13 +4184,10 @@ def unit_of(master: Process, timeout: float, world: World) -> str:
 def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
     """Test the configuration of one running server and have it reload; the problem, or ""."""
     kind, who = STANDARD[name], f"{name} (pid {master.pid})"
-    tested = Finished("", [])
-    for pause in (1.0, 0.0) if kind.test else ():
+    tested = server_command(kind, kind.test, master, timeout, world) if kind.test else Finished("", [])
+    if tested.problem:          # it may have opened one of two files before a rename and the other after it
+        world.sleep(1.0)
         tested = server_command(kind, kind.test, master, timeout, world)
-        if not tested.problem:
-            break
-        # It may have opened one of two files before a rename and the other after it.
-        world.sleep(pause)
     if tested.problem:
         for line in tested.output:
             log(f"+{name}: {line}")
@@ -4220,13 +4213,11 @@ def standard_load(duty: Duty, _: RunScope, world: World) -> str:
     if names[0] == "systemd":
         return with_last_line(world.command(["systemctl", "try-reload-or-restart", names[1]], child_environment(),
                                             timeout))
-    problems, running = [], []
+    problems = []
     for name in names:
-        found = [one for one in processes(STANDARD[name].commands) if STANDARD[name].path in one.argv[0]]
-        for master in [one for one in found if one.parent not in {other.pid for other in found}]:
-            running.append(name)
-            problems.append(reload_server(name, master, timeout, world))
-    if not running:
+        found = {one.pid: one for one in processes(STANDARD[name].commands) if STANDARD[name].path in one.argv[0]}
+        problems += [reload_server(name, one, timeout, world) for one in found.values() if one.parent not in found]
+    if not problems:
         log(f"{duty.item.text}: no {' or '.join(names)} runs here; it reads the new files when it starts")
     return "; ".join(filter(None, problems))
 
@@ -4272,6 +4263,8 @@ def write_copy(duty: Duty, _: RunScope, __: World) -> str:
     what, path = options["what"], destination(duty.item, entry)
     # From parsed blocks: the chain file may hold the key too.
     chain, key = certificates(read(entry.chain)), private_key(read(entry.key))
+    if WHATS[what] and not key:
+        return f"there is no key in {entry.key}"
     data = b"".join({"cert": chain[:1], "issuers": chain[1:], "key": [key], "pair": [key, *chain]}.get(what, chain))
     if what == "p12":
         pair, password = b"".join([key, *chain]), read(options["password_file"]).strip(b"\r\n")
@@ -4285,31 +4278,27 @@ def write_copy(duty: Duty, _: RunScope, __: World) -> str:
     return ""
 
 
-def shown_instead(entry: Entry, pem: bytes, now: float) -> str:
-    """Which certificate a server shows in place of the one on disk; "" if it is that."""
-    shown = facts(pem)
+def shown_instead(item: Item, entry: Entry, host: str, name: str, world: World) -> str:
+    """What a server shows in place of the certificate on disk; "" if it is that."""
+    try:
+        shown = facts(world.connect(host, int(item.argv[1]), name, item.options.get("starttls", ""), CONNECT_SECONDS))
+    except WucmeError as error:
+        return f"no certificate: {error}"
     if entry.facts and shown.fingerprint == entry.facts.fingerprint:
         return ""
     return (f"another certificate, for {' '.join(shown.names) or 'no name'}, serial {shown.serial}, "
-            f"that {'expired' if shown.not_after <= now else 'expires'} {gmt(shown.not_after)}")
+            f"that {'expired' if shown.not_after <= world.now() else 'expires'} {gmt(shown.not_after)}")
 
 
 def prove_once(item: Item, entry: Entry, world: World) -> str:
     """Compare what a server shows with what is on disk; the problem, or ""."""
     host, name = item.argv[0].replace("{name}", entry.name), server_name(item, entry)
-    problems = []
     try:
         hosts = world.resolve(host) if "all" in item.options else [host]
     except NetworkError as error:
         return f"{host}: {error}"
-    for one in hosts:
-        try:
-            problem = shown_instead(entry, world.connect(one, int(item.argv[1]), name, item.options.get("starttls", ""),
-                                                         CONNECT_SECONDS), world.now())
-        except WucmeError as error:
-            problem = f"no certificate: {error}"
-        problems += [f"{one} asked for {name} shows {problem}"] if problem else []
-    return "; ".join(problems)
+    shown = {one: shown_instead(item, entry, one, name, world) for one in hosts}
+    return "; ".join(f"{one} asked for {name} shows {problem}" for one, problem in shown.items() if problem)
 
 
 def prove(duty: Duty, _: RunScope, world: World) -> str:
@@ -4368,9 +4357,9 @@ class Report(NamedTuple):
     certificates: list[Outcome]
     loads: list[Outcome]
 
-    def count(self, state: str) -> int:
-        """How many ended in a state."""
-        return sum(one.state == state for one in [*self.certificates, *self.loads])
+    def count(self, *states: str) -> int:
+        """How many ended in one of these states."""
+        return sum(one.state in states for one in [*self.certificates, *self.loads])
 
     def tally(self) -> str:
         """The last line of a run."""
@@ -4381,7 +4370,7 @@ class Report(NamedTuple):
     @property
     def status(self) -> int:
         """The exit status."""
-        return 1 if any(self.count(state) for state in ("failed", "held", "owed")) else 0
+        return int(self.count("failed", "held", "owed") > 0)
 
     @property
     def news(self) -> bool:
@@ -4390,19 +4379,15 @@ class Report(NamedTuple):
 
 
 def utc(when: float) -> str | None:
-    """A time for machines, in UTC; None for never."""
-    try:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
-    except (OverflowError, ValueError, OSError):
+    """A time for machines, in UTC; None for never, and for what is not in the years 1 to 9999."""
+    if not -62135596800 <= when < 253402300800:
         return None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when)).zfill(20)
 
 
 def local_time(when: float) -> str:
     """A time for a person, in local time."""
-    try:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
-    except (OverflowError, ValueError, OSError):
-        return "never"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) if utc(when) else "never"
 
 
 def epoch(text: str) -> float:
@@ -4416,12 +4401,11 @@ def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     entry, about = decision.entry, decision.entry.facts
     problem, next_time = entry.memory.problem, max(entry.memory.retry_at, entry.memory.held_until)
     return {"name": entry.name, "file": entry.chain, "names": list(about.names if about else entry.wanted.names),
-            "issuer": about and about.issuer, "serial": about and about.serial,
-            "fingerprint": about and about.fingerprint, "not_before": about and utc(about.not_before),
-            "not_after": about and utc(about.not_after),
+            **{key: getattr(about, key, None) for key in ("issuer", "serial", "fingerprint")},
+            "not_before": about and utc(about.not_before), "not_after": about and utc(about.not_after),
             "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
             "failures": {"count": entry.memory.failures, "next": utc(next_time) if problem and next_time else None,
-                         "problem": problem}, "loads": loads}
+                         "problem": problem}, "loads": loads if about else []}
 
 
 def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
@@ -4436,8 +4420,7 @@ def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
         lines.append(f"    failed: {found['failures']['problem']}")
     for load in found["loads"]:
         since = f" since {local_time(epoch(load['since']))}" if load["since"] else ""
-        problem = f": {load['problem']}" if load["problem"] else ""
-        lines.append(f"    {load['state']}{since}: {load['item']}{problem}")
+        lines.append(": ".join(filter(None, [f"    {load['state']}{since}", load["item"], load["problem"]])))
     return [printable(line) for line in lines]
 
 
@@ -4448,7 +4431,7 @@ def troubles(found: Iterable[Json], now: float) -> list[str]:
         wrong = [f"failed: {one['failures']['problem']}"] if one["failures"]["problem"] else []
         if not one["not_after"] or one["not_after"] <= (utc(now) or ""):
             wrong.append(f"expired {one['not_after']}" if one["not_after"] else "not there")
-        wrong += [f"owed: {load['item']}" + (f": {load['problem']}" if load["problem"] else "")
+        wrong += [": ".join(filter(None, ["owed", load["item"], load["problem"]]))
                   for load in one["loads"] if load["state"] == "owed"]
         lines += [printable(f"{(one['names'] or [one['name']])[0]}: {text}") for text in wrong]
     return lines
@@ -5943,7 +5926,7 @@ class Switch(NamedTuple):
 
 UACME_OPTIONS = {
     "a": Switch("acme-url", "https://.+", {"server": "{0}"}),
-    "b": Switch("bits", "[0-9]+"),
+    "b": Switch("bits", "[0-9]{1,5}"),
     "c": Switch("confdir", ".+"),
     "d": Switch("days", "0*[1-9][0-9]{0,8}", {"renew": "{0}d"}),
     "e": Switch("eab", "[^:]+:[A-Za-z0-9_=-]+(:(256|384|512))?",
@@ -5970,7 +5953,7 @@ UACME_OPTIONS = {
 class Call(NamedTuple):
     """One call of uacme: its command with the words behind it, its options by letter, and what they come to."""
     verb: str
-    words: tuple[str, ...]
+    words: Sequence[str]
     given: Mapping[str, str]
     settings: Settings
     top: str                    # uacme's directory, "" for a flat one of wucme's own
@@ -5981,33 +5964,29 @@ class Call(NamedTuple):
         """The directory of the account key, and of those of certificates."""
         return os.path.join(self.top, "private")
 
-    @property
-    def by_request(self) -> bool:
-        """Whether a certificate is asked for by a signing request in a file."""
-        return self.verb in ("issue", "check") and os.path.isfile(self.words[0])
-
 
 def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
     """The words and options of a command line of uacme's, and how verbose it is; SettingsError."""
     import getopt
     letters = "".join(letter + ":" * bool(one.form) for letter, one in UACME_OPTIONS.items())
+    names = [one.name + "=" * bool(one.form) for one in UACME_OPTIONS.values()]
     try:
-        pairs, words = getopt.gnu_getopt(list(argv), letters, [f"{one.name}{'=' * bool(one.form)}"
-                                                               for one in UACME_OPTIONS.values()])
+        pairs, words = getopt.gnu_getopt(list(argv), letters, names)
     except getopt.GetoptError as error:
         raise SettingsError(f"--uacme: {error}") from error
     known = {f"--{one.name}": letter for letter, one in UACME_OPTIONS.items()}
-    given = {known.get(option, option[1:]): value for option, value in pairs}
+    pairs = [(known.get(option, option[1:]), value) for option, value in pairs]
+    given = dict(pairs)
     for letter, value in given.items():
-        if not re.fullmatch(UACME_OPTIONS[letter].form, value):
-            raise SettingsError(f"--uacme: -{letter} {printable(value)}: must be of the form "
-                                f"{UACME_OPTIONS[letter].form}")
+        form = UACME_OPTIONS[letter].form
+        if not re.fullmatch(form, value):
+            raise SettingsError(f"--uacme: -{letter} {printable(value)}: must be of the form {form}")
     if {"V", "?"} & set(given) or not words or words[0] not in UACME_VERBS:
         raise SettingsError(f"wucme {VERSION}, as uacme: one of {', '.join(UACME_VERBS)}; options: " + " ".join(
             f"-{letter}|--{one.name}" for letter, one in UACME_OPTIONS.items()))
     if {"a", "s"} <= set(given) or {"k", "n"} <= set(given):
         raise SettingsError("--uacme: -a does not go with -s, nor -k with -n")
-    return words, given, sum(known.get(option, option[1:]) == "v" for option, _ in pairs)
+    return words, given, [letter for letter, _ in pairs].count("v")
 
 
 def key_asked(given: Mapping[str, str]) -> str:
@@ -6034,9 +6013,9 @@ def texts_of(given: Mapping[str, str]) -> dict[str, str]:
 
 def understand_call(argv: Sequence[str], world: World) -> Call:
     """What a command line of uacme's asks for, and of which directory; SettingsError where that cannot be."""
-    words, given, log.loud = read_call(argv)
-    log.live, log.quiet, kind, texts = log.loud > 0, not log.loud, key_asked(given), texts_of(given)
-    verb, words = words[0], words[1:]
+    (verb, *words), given, log.loud = read_call(argv)
+    log.live, log.quiet = log.loud > 0, not log.loud
+    kind, texts = key_asked(given), texts_of(given)
     least, most = UACME_VERBS[verb][1:]
     if not least <= len(words) <= most:
         raise SettingsError(f"--uacme: {verb} takes {least} to {most} arguments")
@@ -6047,38 +6026,33 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
         for flat in (os.getcwd(), read_settings(source, texts).run.directory):
             if os.path.isdir(flat) and "wucme_k_account.pem" in map(str.lower, os.listdir(flat)):
                 settings = read_settings(source, {**texts, "directory": flat})
-                return Call(verb, tuple(words), given, settings, "", Clients(settings, world))
+                return Call(verb, words, given, settings, "", Clients(settings, world))
     settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
     settings = settings._replace(default=settings.default._replace(key=kind), run=settings.run._replace(directory=""))
-    return Call(verb, tuple(words), given, settings, given.get("c", UACME_DIRECTORY),
-                Clients(settings, world))
+    return Call(verb, words, given, settings, given.get("c", UACME_DIRECTORY), Clients(settings, world))
 
 
 def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) -> Finished:
-    """Run a hook, and pass on what it says."""
-    finished = command(*arguments, **more)
+    """Run a hook where we are, and pass on what it says."""
+    finished = command(*arguments, cwd=os.getcwd(), **more)
     for line in [] if log.live else finished.output:
         log.show(f"{printable(line)}\n")
     return finished
 
 
-def uacme_directory(path: str, mode: int, make: bool) -> None:
-    """See that a directory of uacme's is there."""
-    if not os.path.isdir(path):
-        if not make:
-            raise FileError(f"{path}: no such directory (only `new` makes the first ones, and nothing does with -n)")
-        os.mkdir(path)
-        os.chmod(path, mode)
-        sync_directory(path)
-
-
-def uacme_key(path: str, kind: str, make: bool) -> PrivateKey:
-    """The key in a file of uacme's, made if it may be."""
-    if not make and not os.path.exists(path):
-        raise FileError(f"{path}: no such file (only `new` makes the first one, and nothing does with -n)")
+def uacme_key(call: Call, path: str, make: bool, directories: Mapping[str, int] = {}) -> PrivateKey:
+    """The key in a file of uacme's; it and its directories (with their modes) are made if they may be."""
+    missing = [one for one in (*directories, path) if not os.path.exists(one)]
+    if missing and not make:
+        raise FileError(f"{missing[0]}: not there (only `new` makes the first one, and nothing does with -n)")
+    for directory, mode in directories.items():
+        if not os.path.isdir(directory):
+            os.mkdir(directory)
+            os.chmod(directory, mode)
+            sync_directory(directory)
     if not os.path.exists(path):
         log(f"making a key, {path}")
-        create(path, key_pem(new_key(kind)), Owner(0o400, -1, -1))
+        create(path, key_pem(new_key(call.settings.default.key)), Owner(0o400, -1, -1))
         sync_directory(path)
     return account_key(Account(path, ""))
 
@@ -6098,20 +6072,13 @@ def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Ste
             *supersede(entry.chain, waiting, stamp), *([] if same else supersede(entry.key, f"{entry.key}_tmp", stamp))]
 
 
-def own_key(call: Call) -> PrivateKey:
-    """The key of the account in uacme's directory, which `new` alone may make."""
-    make = call.verb == "new" and "n" not in call.given
-    uacme_directory(call.top, 0o755, make)
-    uacme_directory(call.private, 0o700, make)
-    return uacme_key(os.path.join(call.private, "key.pem"), call.settings.default.key, make)
-
-
-def open_account(call: Call, key: PrivateKey) -> Opened:
-    """The account with a key, not yet looked for at the CA."""
-    word = call.settings.default.server[0]
+def open_account(call: Call) -> Opened:
+    """The account in uacme's directory, not yet looked for at the CA; `new` alone may make its key."""
+    word, path = call.settings.default.server[0], os.path.join(call.private, "key.pem")
+    key = uacme_key(call, path, call.verb == "new" and "n" not in call.given, {call.top: 0o755, call.private: 0o700})
     client, server = call.clients.reach(word), find_server(call.settings, word)[1]
     client.key = key
-    return Opened(client, server, Account(os.path.join(call.private, "key.pem"), ""), applicant(server))
+    return Opened(client, server, Account(path, ""), applicant(server))
 
 
 def found_account(opened: Opened) -> Opened:
@@ -6121,70 +6088,59 @@ def found_account(opened: Opened) -> Opened:
     return opened
 
 
-def uacme_new(call: Call) -> int:
+def uacme_new(call: Call) -> None:
     """Make an account; one that is there already is an error, as it is to uacme."""
-    opened = open_account(call, own_key(call))
+    opened = open_account(call)
     if opened.client.register(opened.who, False):
         raise AcmeError(f"{opened.client.url}: there is an account with the key {opened.account.key} already")
     sign_up(opened.client, opened.server, opened.who, call.clients.world)
-    return 0
 
 
-def uacme_update(call: Call) -> int:
+def uacme_update(call: Call) -> None:
     """Replace the contact of the account."""
-    opened = found_account(open_account(call, own_key(call)))
-    wanted = [f"mailto:{address}" for address in opened.who.contact]
-    if (opened.client.account_object().get("contact") or []) != wanted:
-        opened.client.account_object({"contact": wanted})
-    return 0
+    opened = found_account(open_account(call))
+    opened.client.account_object({"contact": [f"mailto:{address}" for address in opened.who.contact]})
 
 
-def uacme_newkey(call: Call) -> int:
+def uacme_newkey(call: Call) -> None:
     """Give the account another key."""
-    opened = found_account(open_account(call, own_key(call)))
-    new = os.path.join(call.private, "newkey.pem")
-    opened.client.change_key(uacme_key(new, call.settings.default.key, "n" not in call.given))
+    opened, new = found_account(open_account(call)), os.path.join(call.private, "newkey.pem")
+    opened.client.change_key(uacme_key(call, new, "n" not in call.given))
     for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
         log(step.text)
         step.do()
-    return 0
 
 
-def uacme_deactivate(call: Call) -> int:
+def uacme_deactivate(call: Call) -> None:
     """Close the account for good."""
-    found_account(open_account(call, own_key(call))).client.account_object({"status": "deactivated"})
-    return 0
+    found_account(open_account(call)).client.account_object({"status": "deactivated"})
 
 
-def uacme_revoke(call: Call) -> int:
+def uacme_revoke(call: Call) -> None:
     """Revoke the certificate in a file, by its own key if that is given, and put the file aside."""
-    path, chain = call.words[0], read(call.words[0])
-    about = facts(chain)
-    key = uacme_key(call.words[1], "", False) if call.words[1:] else None
-    client = call.clients.reach(call.settings.default.server[0]) if key else \
-        found_account(open_account(call, own_key(call))).client
-    log(f"revoking {path}, serial number {about.serial}")
+    path, *keys = call.words
+    chain = read(path)
+    serial = facts(chain).serial
+    key = uacme_key(call, keys[0], False) if keys else None
+    client = call.clients.reach(call.settings.default.server[0]) if key else found_account(open_account(call)).client
+    log(f"revoking {path}, serial number {serial}")
     client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
     rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.clients.world.now())}.pem"))
-    return 0
 
 
 def uacme_entry(call: Call) -> Entry:
     """The certificate that a call is about, in uacme's places; its key and directories are made if they may be."""
     word, wanted = call.words[0], call.settings.default
-    if call.by_request and call.words[1:]:
-        raise SettingsError(f"--uacme: {word} is a file: a signing request has its names in it, and takes no more")
-    if call.by_request:
+    if os.path.isfile(word):
+        if call.words[1:]:
+            raise SettingsError(f"--uacme: {word} is a file: a signing request has its names in it, and takes no more")
         wanted = wanted._replace(csr=os.path.abspath(word), names=request_facts(read(word))[1])
         chain, key = f"{os.path.splitext(wanted.csr)[0]}-cert.pem", wanted.csr
     else:
         wanted = wanted._replace(names=parse_value(NOWHERE, "", "names", " ".join(call.words)))
         public, private = (os.path.join(top, word.removeprefix("*.")) for top in (call.top, call.private))
         chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
-        make = call.verb == "issue" and "n" not in call.given
-        uacme_directory(private, 0o700, make)
-        uacme_directory(public, 0o755, make)
-        uacme_key(key, wanted.key, make)
+        uacme_key(call, key, call.verb == "issue" and "n" not in call.given, {private: 0o700, public: 0o755})
     # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
     memory = Memory(names=wanted.names, server=find_server(call.settings, wanted.server[0])[1].url)
     return look(Entry(word, chain, key, memory, memory, wanted, frozenset(["names"])))
@@ -6192,14 +6148,12 @@ def uacme_entry(call: Call) -> Entry:
 
 def uacme_advised(entry: Entry, client: Client, run: RunScope, now: float) -> Entry:
     """An entry with what the CA says of when to renew it, which then counts alone until its last day."""
-    about = entry.facts
-    if about is None or not about.ari or about.not_after - now < 86400 or not client.directory.renewal_info:
-        return entry
-    try:
-        window, _ = client.renewal_window(about.ari)
-    except WucmeError as error:
-        log.detail(f"{entry.title}: no renewal information: {error}")
-        window = None
+    about, window = entry.facts, None
+    if about and about.ari and about.not_after - now >= 86400 and client.directory.renewal_info:
+        try:
+            window, _ = client.renewal_window(about.ari)
+        except WucmeError as error:
+            log.detail(f"{entry.title}: no renewal information: {error}")
     if window is None:
         return entry
     # Nothing is remembered: what is drawn is this host's and certificate's own, and so the same each day.
@@ -6223,14 +6177,14 @@ def by_asking(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
             raise ChallengeError(f"{one.name}: nobody answers {one.kind} (without -h a terminal is asked)", one.kind)
 
 
-def prove_name(client: Client, order: Order, found: Authorization, one: Challenge, task: Task) -> None:
-    """Prove one name by one challenge, to the end; ChallengeError if that is declined."""
-    challenge, proof = take_up(client, found, (one.kind,))
+def prove_name(client: Client, order: Order, found: Authorization, kind: str, task: Task) -> None:
+    """Prove one name by a challenge of one type, to the end; ChallengeError if that is declined."""
+    challenge, proof = take_up(client, found, (kind,))
     proof = proof._replace(token=proof.token or proof.text.partition(";")[0])
     journal, verdict = Unwritten(task), "failed"
     try:
         (by_hook if task.wanted.hook else by_asking)(task, [proof], journal)
-        log(f"{found.name}: starting challenge at {challenge.url} ({challenge.kind})")
+        log(f"{found.name}: starting challenge at {challenge.url} ({kind})")
         client.answer(challenge)
         pause = POLL_SECONDS[0]
         while (found := client.authorization(found.url, task.names)).status == "pending":
@@ -6248,25 +6202,26 @@ def prove_name(client: Client, order: Order, found: Authorization, one: Challeng
 def prove_in_turn(client: Client, order: Order, task: Task) -> None:
     """Prove the names of an order one after another, each by the first challenge that is not declined."""
     for url in order.authorizations if order.status == "pending" else ():
-        found = client.authorization(url, task.names)
+        found, declined = client.authorization(url, task.names), ["no challenge was taken up"]
         for one in found.challenges if found.status == "pending" else ():
             try:
-                prove_name(client, order, found, one, task)
+                prove_name(client, order, found, one.kind, task)
                 break
             except ChallengeError as error:
-                log(str(error))
                 if not error.spent:
                     raise
+                log(str(error))
+                declined.append(str(error))
         else:
             if found.status != "valid":
-                raise ChallengeError(f"{found.name}: no challenge was taken up")
+                raise ChallengeError(f"{found.name}: {'; '.join(declined)}")
 
 
-def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> None:
+def uacme_obtain(call: Call, entry: Entry, opened: Opened) -> None:
     """Obtain a certificate and make it live, in uacme's order of things."""
     import threading
-    client, top = opened.client, os.path.dirname(os.path.dirname(opened.account.key))
-    task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(top or "."), world,
+    run, world, client = call.settings.run, call.clients.world, opened.client
+    task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(call.top), world,
                 threading.Event())
     try:
         order = start_order(opened, entry, task.names)
@@ -6281,22 +6236,20 @@ def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> N
 
 def uacme_issue(call: Call) -> int:
     """Issue a certificate if that is due, else 1; for check: 0 if it is due, else 1."""
-    run, now, check = call.settings.run, call.clients.world.now(), call.verb == "check"
-    key, entry = own_key(call), uacme_entry(call)
-    opened = open_account(call, key)
+    opened, entry, now = open_account(call), uacme_entry(call), call.clients.world.now()
     log(f"checking existence and expiration of {entry.chain}")
-    entry = entry if "i" in call.given else uacme_advised(entry, opened.client, run, now)
+    entry = entry if "i" in call.given else uacme_advised(entry, opened.client, call.settings.run, now)
     decision = decide(entry, now, forced="f" in call.given)
     log(dates(decision, now))
     if entry.blocked:
         raise FileError(entry.fault)
     log(f"{entry.title}: {f'due: {decision.reason}' if decision.due else 'not due'}")
-    if decision.due and not check:
-        uacme_obtain(entry, found_account(opened), run, call.clients.world)
+    if decision.due and call.verb == "issue":
+        uacme_obtain(call, entry, found_account(opened))
     return 0 if decision.due else 1
 
 
-UACME_VERBS: dict[str, tuple[Callable[[Call], int], int, int]] = {      # with how many arguments each takes
+UACME_VERBS: dict[str, tuple[Callable[[Call], int | None], int, int]] = {       # with how many arguments each takes
     "new": (uacme_new, 0, 1), "update": (uacme_update, 0, 1), "deactivate": (uacme_deactivate, 0, 0),
     "newkey": (uacme_newkey, 0, 0), "issue": (uacme_issue, 1, 100), "check": (uacme_issue, 1, 100),
     "revoke": (uacme_revoke, 1, 2)}
@@ -6305,24 +6258,24 @@ UACME_VERBS: dict[str, tuple[Callable[[Call], int], int, int]] = {      # with h
 def in_flat(call: Call) -> int:
     """Do what uacme is asked for in a directory of wucme's own, by the verbs of that; nothing is loaded."""
     settings, clients, world = call.settings, call.clients, call.clients.world
-    reason = next((name for name, code in REASONS.items() if code == int(call.given.get("r", "0"))), "")
     open_log(settings.run)
     if call.verb == "revoke":
-        return 2 * revoke(settings, Request("revoke", call.words[:1], reason=reason), world).status
+        reason = next((name for name, code in REASONS.items() if code == int(call.given.get("r", "0"))), "")
+        return revoke(settings, Request("revoke", tuple(call.words[:1]), reason=reason), world).status
     if call.verb not in ("issue", "check"):
-        return 2 * account_verb(settings, Request("account", (call.verb,)), world).status
-    named = ((), {"csr": call.words[0]}) if call.by_request else (call.words, {})
-    settings, label = declare(settings, *named)
-    now = world.now()
+        return account_verb(settings, Request("account", (call.verb,)), world).status
+    by_request = os.path.isfile(call.words[0])
+    settings, label = declare(settings, () if by_request else call.words, {"csr": call.words[0]} if by_request else {})
     with locked(settings.run, world):
-        request = Request("issue", (label,), "f" in call.given)
-        inventory = take_stock(settings)
-        told = ask_windows(examine(inventory, request, now), settings, clients, now)
-        found = choose(inventory, [label])[0]
-        decision = decide(told.get(found.name, found), now, True, request.force)
+        now, inventory = world.now(), take_stock(settings)
+        found, forced = choose(inventory, [label])[0], "f" in call.given
+        told = ask_windows([decide(found, now, True, forced)], settings, clients, now)
+        decision = decide(told.get(found.name, found), now, True, forced)
+        if found.blocked:
+            raise FileError(found.fault)
         if call.verb == "check":
             return 0 if decision.due else 1
-        clean_up(take_stock(settings), settings, world)
+        clean_up(inventory, settings, world)
         (_, outcome), = tend([decision], settings, clients, now)
     return {"renewed": 0, "current": 1}.get(outcome.state, 2)
 
@@ -6331,13 +6284,12 @@ def uacme(argv: Sequence[str], world: World) -> int:
     """wucme.py --uacme: 0 done, 1 nothing to do, 2 failed or a usage error; for check 0 is due, 1 is not."""
     log.clock = world.now
     try:
-        command = functools.partial(overheard, functools.partial(world.command, cwd=os.getcwd()))
-        call = understand_call(argv, world._replace(command=command))
+        call = understand_call(argv, world._replace(command=functools.partial(overheard, world.command)))
         for path in (os.path.abspath(__file__), call.top or call.settings.run.directory):
             if fault := anyone_may_write(path):
                 raise SettingsError(fault)
         with contextlib.closing(call.clients):
-            status = UACME_VERBS[call.verb][0](call) if call.top else in_flat(call)
+            status = (UACME_VERBS[call.verb][0](call) or 0) if call.top else in_flat(call)
     except (WucmeError, OSError) as error:
         log(f"failed: {sentence(error)}", wrong=True)
         status = 2
@@ -6349,6 +6301,8 @@ def uacme(argv: Sequence[str], world: World) -> int:
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "check": None,
          "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
+ONLY_WITH = {"force": ("issue", "renew"), "install": ("timer",), "set_csr": ("issue",),
+             "dry_run": ("run", "issue", "renew", "load", "timer")}
 
 
 def version() -> str:
@@ -6380,7 +6334,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
     parser.add_argument("--reason", default="unspecified")
     parser.add_argument("--csr", dest="set_csr")
-    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "json", "install", "version", "help"):
+    parser.add_argument("--json", dest="as_json", action="store_true")
+    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "install", "version", "help"):
         parser.add_argument(f"--{flag}", action="store_true")
     for name, field in SETTINGS.items():
         option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
@@ -6400,13 +6355,11 @@ def option_texts(arguments: Json) -> dict[str, str]:
 
 def staging(settings: Settings) -> Settings:
     """The same settings for trying out: the staging CA, a directory of its own, no loads."""
-    def tame(scope: CertificateScope) -> CertificateScope:
-        return scope._replace(server=("letsencrypt-staging",), load=())
-
+    tame: Json = {"server": ("letsencrypt-staging",), "load": ()}
     return settings._replace(
         run=settings.run._replace(directory=os.path.join(settings.run.directory, "staging"), alert=(), metrics=""),
-        default=tame(settings.default), lists={},
-        sections={label: one._replace(values=tame(one.values)) for label, one in settings.sections.items()})
+        default=settings.default._replace(**tame), lists={},
+        sections={label: one._replace(values=one.values._replace(**tame)) for label, one in settings.sections.items()})
 
 
 def act(settings: Settings, request: Request, world: World) -> int:
@@ -6425,12 +6378,12 @@ def act(settings: Settings, request: Request, world: World) -> int:
         print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
         return found.status
     if request.verb == "check":
-        bad = False
+        problems = 0
         for one in diagnose(settings, request, world):
-            bad = bad or one.level == PROBLEM
+            problems += one.level == PROBLEM
             if one.level == PROBLEM or not log.quiet:
                 print(f"{one.level:8}{printable(f'{one.about}: {one.text}')}", flush=True)
-        return int(bad)
+        return int(problems > 0)
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
@@ -6455,13 +6408,13 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
         raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} There are {', '.join(VERBS)}")
     if names and verb in ("run", "status", "thumbprint"):
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
-    if arguments["force"] and verb not in ("issue", "renew"):
-        raise SettingsError(f"--force goes with issue and renew, not with {verb}")
-    if arguments["install"] and verb != "timer":
-        raise SettingsError(f"--install goes with timer, not with {verb}")
-    options = option_texts(arguments)
-    if "csr" in options and verb != "issue":
-        raise SettingsError(f"--csr goes with issue, not with {verb}")
+    for flag, verbs in ONLY_WITH.items():
+        if arguments[flag] and verb not in verbs:
+            raise SettingsError(f"--{flag.replace('set_', '').replace('_', '-')} goes with {' and '.join(verbs)}, "
+                                f"not with {verb}")
+    # Trying out is for one CA and loads nothing, whatever other options say.
+    options = {key: text for key, text in option_texts(arguments).items()
+               if not arguments["staging"] or key not in ("server", "load")}
     named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
     common = {key: text for key, text in options.items()
@@ -6470,9 +6423,8 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     for path in (os.path.abspath(__file__), settings.run.directory):
         if fault := anyone_may_write(path):
             raise SettingsError(fault)
-    return (staging(settings) if arguments["staging"] else settings,
-            Request(verb, names, arguments["force"], arguments["dry_run"], arguments["json"], options, named,
-                    arguments["staging"], arguments["reason"], arguments["install"]))
+    request = Request(**pick(Request, arguments, {"names": names, "options": options, "ini": named}))
+    return staging(settings) if arguments["staging"] else settings, request
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
