@@ -2103,6 +2103,7 @@ class Memory(NamedTuple):
 
 
 MEMORY_TYPES = {key: type(default) for key, default in Memory._field_defaults.items()}
+FACTS_TYPES = [list, float, float, *[str] * 6]          # as a state file has them
 
 
 class Entry(NamedTuple):
@@ -2152,12 +2153,12 @@ def read_memory(path: str) -> Memory:
     found = read_json(path)
     kept = {key: value for key, value in found.items() if type(value) is MEMORY_TYPES.get(key)}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
-    if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
-            and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
+    if isinstance(about, list) and list(map(type, about)) == FACTS_TYPES and {*map(type, about[0])} <= {str} \
+            and abs(about[1]) + abs(about[2]) < 1e15:
         kept["facts"] = Facts(tuple(about[0]), *about[1:])
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+    if isinstance(names, list) and {*map(type, names)} <= {str}:
         kept["names"] = tuple(names)
-    if isinstance(window, list) and [type(part) for part in window] == [float] * 3:
+    if isinstance(window, list) and list(map(type, window)) == [float] * 3:
         kept["window"] = tuple(window)
     return Memory(**kept)
 
@@ -2212,7 +2213,8 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
     for name in sorted(found):
         stem = name[8:-4].lower()
         section = by_stem.get(stem)
-        key = present.get(key_spelling(name).lower(), key_spelling(name))
+        key = key_spelling(name)
+        key = present.get(key.lower(), key)
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
         entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
@@ -2287,9 +2289,9 @@ def wanted_names(entry: Entry) -> tuple[str, ...]:
 
 def changed(entry: Entry, about: Facts) -> str:
     """How a certificate differs from what its own section asks for, or ""."""
+    wanted, has = set(entry.wanted.names), set(about.names)
     # A CA may add names of its own: then what was ordered counts.
-    extra = set(entry.wanted.names) == set(entry.memory.names) and set(entry.wanted.names) <= set(about.names)
-    if "names" in entry.own and set(entry.wanted.names) != set(about.names) and not extra:
+    if "names" in entry.own and wanted != has and not wanted == set(entry.memory.names) <= has:
         return f"its names are now {' '.join(entry.wanted.names)}"
     if "profile" in entry.own and entry.memory.server and entry.wanted.profile != entry.memory.profile:
         return f"its profile is now {entry.wanted.profile or 'the default'}"
@@ -2335,20 +2337,20 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     reason = next(reasons(entry, now, at), "")
     waits = (entry.memory.held_until, 0.0 if named else entry.memory.retry_at)
     # What lies farther ahead was written when the clock was wrong.
-    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0)
-    if reason and now < wait:
+    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0) if reason else 0.0
+    if now < wait:
         return Decision(entry, False, f"{reason}; not tried again before {gmt(wait)}", at, held=True)
     return Decision(entry, bool(reason), reason, at)
 
 
-def too_rare(entry: Entry, runs: Sequence[float]) -> str:
-    """What to say if runs come so rarely that a certificate could expire between two of them, or ""."""
-    about, gap = entry.facts, min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
-    room = about.not_after - due_at(entry) if about else 0.0
-    if room <= 0 or gap <= room / 2:
-        return ""
-    return (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
-            f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
+def too_rare(entries: Iterable[Entry], runs: Sequence[float]) -> Iterator[str]:
+    """What to say of each certificate that could expire between two runs, so rarely do they come."""
+    gap = min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
+    for entry in entries:
+        room = entry.facts.not_after - due_at(entry) if entry.facts else 0.0
+        if 0 < room < 2 * gap:
+            yield (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
+                   f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
 
 
 def dates(decision: Decision, now: float) -> str:
@@ -3799,8 +3801,11 @@ def prune(directory: str, bases: Iterable[str], keep: int) -> None:
 def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     """Write the memory of a certificate, if it is other than what is written already, and has a directory."""
     memory = entry.memory._replace(**changes)
+    if memory == entry.memory == entry.written:
+        return entry
     if directory and memory != entry.written:
-        replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
+        said = {key: value for key, value in memory._asdict().items() if value}
+        replace(state_path(directory, entry.name), json.dumps(said).encode())
     return entry._replace(memory=memory, written=memory)
 
 
@@ -3997,11 +4002,7 @@ class Ledger:
         for text, about in (told.items() if isinstance(told, dict) else ()):
             if isinstance(about, list) and list(map(type, about)) == [list, float]:
                 self.alarms[text] = Alarm(tuple(about[0]), about[1])
-        self.saved = "" if self.stranger else self.text()
-
-    def text(self) -> str:
-        """All of it, as it is written down."""
-        return json.dumps({"machine": self.machine, "certificates": self.records, "alarms": self.alarms})
+        self.changed, self.told = self.stranger, dict(self.alarms)      # against the file
 
     def owes(self, entry: Entry, item: str) -> bool:
         """Whether an item is still to be done for the certificate on disk."""
@@ -4011,30 +4012,32 @@ class Ledger:
     def strike(self, entry: Entry, item: str, problem: str, now: float) -> bool:
         """Note how an item ended; whether that is news. After a failed proof reloads are owed again."""
         items = self.records.setdefault(entry.name, {})
-        before = items.get(item, Loaded())
+        known, before = dict(items), items.get(item, Loaded())
         if problem:
             items[item] = before._replace(problem=problem, since=before.since if before.problem else now)
         else:
             items[item] = Loaded(entry.facts.fingerprint if entry.facts else "")
         if problem and item[0] == "?":
             items.update({text: about._replace(fingerprint="") for text, about in items.items() if text[0] in "+?"})
+        self.changed = self.changed or items != known
         return not problem or before.problem != problem
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
         """Drop the items that no list has any more."""
-        for name in list(self.records):
-            items = self.records[name]
-            wanted = entries[name].wanted.load if name in entries else ()
-            self.records[name] = {text: about for text, about in items.items() if text in wanted}
+        gone = [(name, text) for name, items in self.records.items() for text in items
+                if name not in entries or text not in entries[name].wanted.load]
+        for name, text in gone:
+            del self.records[name][text]
             if not self.records[name]:
                 del self.records[name]
+        self.changed = self.changed or bool(gone)
 
     def save(self) -> None:
         """Write it, if anything in it is new."""
-        text = self.text()
-        if text != self.saved:
-            replace(self.path, text.encode())
-            self.saved = text
+        if self.changed or self.alarms != self.told:
+            about = {"machine": self.machine, "certificates": self.records, "alarms": self.alarms}
+            replace(self.path, json.dumps(about).encode())
+            self.changed, self.told = False, dict(self.alarms)
 
 
 class Duty(NamedTuple):
@@ -4531,17 +4534,17 @@ def load_items(settings: Settings) -> dict[str, Item]:
 
 def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inventory) -> None:
     """Refuse (SettingsError) copies that would overwrite one another, or wucme's own files."""
-    taken: dict[str, str] = {}
+    taken: dict[str, Entry] = {}
     for entry in inventory.entries.values():
-        for text in dict.fromkeys(text for text in entry.wanted.load if text[0] == ">"):
+        for text in dict.fromkeys([text for text in entry.wanted.load if text[0] == ">"]):
             path = destination(items[text], entry)
             fault = f"{path} is in wucme's own directory" if os.path.dirname(path) == settings.run.directory else \
-                f"{path} would be written for {taken[path]} and for {entry.title}; put {{name}} into it, or the item " \
+                f"{path} would be written for {taken[path].title} and for {entry.title}; put {{name}} into it, or the item " \
                 "into the section of one" if path in taken else ""
             if fault:
                 where = settings.source.where(settings.lists[text], "load", text)
                 raise SettingsError(f"{where}: {printable(text)}: {fault}")
-            taken[path] = entry.title
+            taken[path] = entry
 
 
 def choose(inventory: Inventory, names: Sequence[str]) -> list[Entry]:
@@ -5148,7 +5151,7 @@ def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Itera
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
     home = settings.run.directory
     paths = [__file__, settings.source.path or __file__, home,
-             *(entry.key for entry in entries if os.path.dirname(entry.key) != home or not ours_alone(entry.key)),
+             *(entry.key for entry in entries if entry.wanted.csr or not ours_alone(entry.key)),
              *(scope.hook.begin[0] for scope in scopes if scope.hook),
              *(item.argv[0] for item in items.values() if item.text[0] == "@")]
     found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
@@ -5175,6 +5178,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
     with locked(run, world, request.verb == "run") as runs, contextlib.closing(Clients(settings, world)) as clients:
         now = world.now()
         log("certificate management")
+        ledger = open_ledger(run)       # before the rest, for what reading it takes is free again then
         inventory = take_stock(settings)
         check_copies(settings, items, inventory)
         decisions = examine(inventory, request, now)
@@ -5186,10 +5190,9 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
-        warnings = list(filter(None, (too_rare(entry, runs) for entry in entries.values())))
+        warnings = list(too_rare(entries.values(), runs))
         for warning in warnings:
             log(warning, wrong=True)
-        ledger = open_ledger(run)
         ledger.forget(entries)
         loads = [Outcome("", "warned", warning, True) for warning in warnings]
         loads += others_trusted(settings, items, entries.values(), ledger)
