@@ -880,13 +880,17 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
         raise FileError(f"{path}: {error.strerror}{whose}") from error
 
 
-def signature(path: str) -> str:
-    """Size, modification time and inode, by which a file is known again; "" where there is none."""
+def signature(path: str) -> tuple[str, bool]:
+    """Size, modification time and inode, by which a file is known again ("" for none), and whether it is ours alone."""
     try:
-        about = os.stat(path)
+        about = os.lstat(path)
+        # Its directory is another question.
+        ours = stat.S_ISREG(about.st_mode) and about.st_uid in (0, os.geteuid()) and not about.st_mode & stat.S_IWGRP
+        if stat.S_ISLNK(about.st_mode):
+            about = os.stat(path)
     except OSError:
-        return ""
-    return f"{about.st_size} {about.st_mtime_ns} {about.st_ino}"
+        return "", False
+    return f"{about.st_size} {about.st_mtime_ns} {about.st_ino}", ours
 
 
 def sync_directory(path: str) -> None:
@@ -1025,15 +1029,6 @@ def others_may_write(path: str) -> str:
         if own and about.st_mode & stat.S_IWGRP and not stat.S_ISLNK(about.st_mode):
             return f"{at} (group {about.st_gid} may write it)"
     return ""
-
-
-def ours_alone(path: str) -> bool:
-    """Whether a file is root's or ours, and no link, and no group may write it; its directory is another question."""
-    try:
-        about = os.lstat(path)
-    except OSError:
-        return False
-    return stat.S_ISREG(about.st_mode) and about.st_uid in (0, os.geteuid()) and not about.st_mode & stat.S_IWGRP
 
 
 def open_append(path: str) -> int:
@@ -2119,6 +2114,7 @@ class Entry(NamedTuple):
     fits: bool = False              # whether the key is the certificate's
     fault: str = ""                 # why the files cannot be used
     blocked: bool = False           # whether they cannot even be looked into
+    guarded: bool = False           # whether the key file is ours alone
 
     @property
     def title(self) -> str:
@@ -2155,7 +2151,8 @@ def read_memory(path: str) -> Memory:
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and list(map(type, about)) == FACTS_TYPES and {*map(type, about[0])} <= {str} \
             and abs(about[1]) + abs(about[2]) < 1e15:
-        kept["facts"] = Facts(tuple(about[0]), *about[1:])
+        about[0], about[3], about[7] = tuple(about[0]), sys.intern(about[3]), sys.intern(about[7])   # many have the same
+        kept["facts"] = Facts(*about)
     if isinstance(names, list) and {*map(type, names)} <= {str}:
         kept["names"] = tuple(names)
     if isinstance(window, list) and list(map(type, window)) == [float] * 3:
@@ -2166,7 +2163,7 @@ def read_memory(path: str) -> Memory:
 def look(entry: Entry) -> Entry:
     """The entry with what its two files say, from memory where they have not changed."""
     memory, fault, blocked = entry.memory, "", False
-    chain, key = signature(entry.chain), signature(entry.key)
+    (chain, _), (key, guarded) = signature(entry.chain), signature(entry.key)
     path = entry.chain
     try:
         if memory.facts is None or memory.chain != chain or not chain:
@@ -2183,7 +2180,7 @@ def look(entry: Entry) -> Entry:
     about = memory.facts
     if about and not about.names and not entry.wanted.names:
         fault, blocked = f"{entry.chain}: names nothing in its subjectAltName; declare it, with names = ...", True
-    return entry._replace(memory=memory, facts=about, fault=fault, blocked=blocked,
+    return entry._replace(memory=memory, facts=about, fault=fault, blocked=blocked, guarded=guarded,
                           fits=not fault and about is not None and memory.key_hash == about.key)
 
 
@@ -2195,7 +2192,7 @@ def key_spelling(name: str) -> str:
 def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
     """Every certificate of a directory, found or declared; other files are counted and left alone."""
     found: list[str] = []
-    present: dict[str, str] = {}
+    keys: dict[str, str] = {}
     files = 0
     with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext(()) as listing:
         for item in listing:
@@ -2203,10 +2200,11 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
             if item.is_dir(follow_symlinks=False) or OWN_FILE.fullmatch(name):
                 continue
             files += 1
-            if name[:6].lower() == "wucme_":
-                present[name.lower()] = name
-                if CERTIFICATE_FILE.fullmatch(name) and not reserved(name[8:-4].lower()):
-                    found.append(name)
+            kind = name[:8].lower()
+            if kind == "wucme_k_":
+                keys[name.lower()] = name
+            elif kind == "wucme_c_" and CERTIFICATE_FILE.fullmatch(name) and not reserved(name[8:-4].lower()):
+                found.append(name)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
     declared = set()
@@ -2214,7 +2212,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         stem = name[8:-4].lower()
         section = by_stem.get(stem)
         key = key_spelling(name)
-        key = present.get(key.lower(), key)
+        key = keys.get(key.lower(), key)
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
         entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
@@ -5033,7 +5031,7 @@ def load_json(entry: Entry, items: Mapping[str, Item], ledger: Ledger) -> list[J
 def standing(settings: Settings, world: World) -> Standing:
     """What is there, what is due, what is owed; looks only."""
     now, run, items = world.now(), settings.run, load_items(settings)
-    held = signature(os.path.join(run.directory, LOCK))
+    held, _ = signature(os.path.join(run.directory, LOCK))
     seen = int(held.split()[1]) / 1e9 if held else 0.0
     ledger = Ledger(run.directory, run.host)
     entries = take_stock(settings).entries
@@ -5151,7 +5149,7 @@ def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Itera
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
     home = settings.run.directory
     paths = [__file__, settings.source.path or __file__, home,
-             *(entry.key for entry in entries if entry.wanted.csr or not ours_alone(entry.key)),
+             *(entry.key for entry in entries if entry.wanted.csr or not entry.guarded),
              *(scope.hook.begin[0] for scope in scopes if scope.hook),
              *(item.argv[0] for item in items.values() if item.text[0] == "@")]
     found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
