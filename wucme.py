@@ -2151,8 +2151,8 @@ def read_memory(path: str) -> Memory:
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and list(map(type, about)) == FACTS_TYPES and {*map(type, about[0])} <= {str} \
             and abs(about[1]) + abs(about[2]) < 1e15:
-        about[0], about[3], about[7] = tuple(about[0]), sys.intern(about[3]), sys.intern(about[7])   # many have the same
-        kept["facts"] = Facts(*about)
+        about[3], about[7] = sys.intern(about[3]), sys.intern(about[7])     # many have the same issuer and kind of key
+        kept["facts"] = Facts(tuple(about[0]), *about[1:])
     if isinstance(names, list) and {*map(type, names)} <= {str}:
         kept["names"] = tuple(names)
     if isinstance(window, list) and list(map(type, window)) == [float] * 3:
@@ -4537,8 +4537,8 @@ def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inven
         for text in dict.fromkeys([text for text in entry.wanted.load if text[0] == ">"]):
             path = destination(items[text], entry)
             fault = f"{path} is in wucme's own directory" if os.path.dirname(path) == settings.run.directory else \
-                f"{path} would be written for {taken[path].title} and for {entry.title}; put {{name}} into it, or the item " \
-                "into the section of one" if path in taken else ""
+                f"{path} would be written for {taken[path].title} and for {entry.title}; put {{name}} into it, or " \
+                "the item into the section of one" if path in taken else ""
             if fault:
                 where = settings.source.where(settings.lists[text], "load", text)
                 raise SettingsError(f"{where}: {printable(text)}: {fault}")
