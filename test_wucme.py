@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
+import collections
 import contextlib
 import email.utils
 import functools
@@ -3951,6 +3952,34 @@ class TestShape:
             cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
         assert (done.stdout, done.stderr) == ("0 []\n", "")
         assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
+
+    def test_an_idle_run_looks_once_at_each_file_of_a_certificate(self, tmp_path: Path) -> None:
+        code = textwrap.dedent("""
+            import collections, json, os, sys, wucme
+            made = collections.Counter()
+            def counted(name, call):
+                return lambda *args, **more: made.update([name]) or call(*args, **more)
+            for name in ("open", "read", "close", "stat", "lstat", "fstat", "unlink", "rename", "replace", "fsync"):
+                setattr(os, name, counted(name, getattr(os, name)))
+            status = wucme.main(sys.argv[1:])
+            print(json.dumps([status, made]))
+            """)
+        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}\nload = > /{{name}}\n")
+        ledger, seen = wucme.Ledger(str(tmp_path), "alpha"), []
+        for name in ("a", "b"):
+            put(tmp_path, name)
+            entry = wucme.remember(str(tmp_path), look(tmp_path, name), ask_at=time.time() + DAY)
+            ledger.strike(entry, "> /{name}", "", NOW)
+            ledger.save()
+            done = subprocess.run(
+                [sys.executable, "-c", code, "--ini", tmp_path / "w.ini", "--host", "alpha", "--renew", "never"],
+                capture_output=True, text=True, check=True, cwd="/",
+                env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+            status, made = json.loads(done.stdout)
+            assert (status, done.stderr) == (0, "")
+            seen.append(collections.Counter(made))
+        # The state is read; for chain and key it is enough to see that they have not changed, and whose they are.
+        assert seen[1] - seen[0] == {"open": 1, "fstat": 1, "read": 1, "close": 1, "lstat": 2}
 
 
 # === Run: the script as a process, against CAs that are real or hostile ========================
