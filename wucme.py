@@ -3799,8 +3799,6 @@ def prune(directory: str, bases: Iterable[str], keep: int) -> None:
 def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     """Write the memory of a certificate, if it is other than what is written already, and has a directory."""
     memory = entry.memory._replace(**changes)
-    if memory == entry.memory == entry.written:
-        return entry
     if directory and memory != entry.written:
         said = {key: value for key, value in memory._asdict().items() if value}
         replace(state_path(directory, entry.name), json.dumps(said).encode())
@@ -5087,6 +5085,9 @@ def examine(inventory: Inventory, request: Request, now: float) -> list[Decision
 
 def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
     """See to a certificate that needs nothing: what a stopped run left is ended, and what went wrong forgotten."""
+    settled = entry.memory._replace(order="", order_server="", problem="", failures=0, retry_at=0.0, held_until=0.0)
+    if settled == entry.written:
+        return Outcome(entry.title, "current")
     try:
         if entry.memory.order:
             for step in straighten(entry):
@@ -5096,7 +5097,7 @@ def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
     except (WucmeError, OSError) as error:
         return fail(entry, error, run, now)
     with contextlib.suppress(OSError):      # it can be learnt again
-        remember(run.directory, entry, order="", order_server="", problem="", failures=0, retry_at=0.0, held_until=0.0)
+        remember(run.directory, entry._replace(memory=settled))
     return Outcome(entry.title, "current")
 
 
