@@ -4654,7 +4654,7 @@ class TestWhenToRenew:
         assert 500 < state["retry_at"] - time.time() < 700
         fake.failing_names.clear()
         assert lab.run("renew", "a.example.test").status == 0
-        assert json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())["failures"] == 0
+        assert wucme.read_memory(str(lab.directory / "wucme_s_a.example.test.json")).failures == 0
 
     def test_retry_after_yields_to_force_alone(self, fake: fakeca.FakeCA, lab: Host) -> None:
         lab.old_pair("a.example.test")
@@ -7092,8 +7092,8 @@ class TestHarmLimits:
         lab.old_pair("a.example.test")
         lab.write(server="https://nobody.invalid/directory", proxy="none")
         assert "the name does not resolve" in lab.run().err
-        state = json.loads((lab.directory / "wucme_s_a.example.test.json").read_text())
-        assert (state["failures"], state["retry_at"]) == (0, 0)
+        about = wucme.read_memory(str(lab.directory / "wucme_s_a.example.test.json"))
+        assert (about.failures, about.retry_at) == (0, 0)
 
     def test_one_of_many_names_that_fails_stops_none_of_the_others(self, fake: fakeca.FakeCA, lab: Host,
                                                                    tmp_path: Path) -> None:
