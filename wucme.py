@@ -884,8 +884,9 @@ def signature(path: str) -> tuple[str, bool]:
     """Size, modification time and inode, by which a file is known again ("" for none), and whether it is ours alone."""
     try:
         about = os.lstat(path)
-        # Its directory is another question.
-        ours = stat.S_ISREG(about.st_mode) and about.st_uid in (0, os.geteuid()) and not about.st_mode & stat.S_IWGRP
+        # Root's or ours, no link, and no group may write it; its directory is another question.
+        ours = stat.S_ISREG(about.st_mode) and not about.st_mode & stat.S_IWGRP and (
+            not about.st_uid or about.st_uid == os.geteuid())
         if stat.S_ISLNK(about.st_mode):
             about = os.stat(path)
     except OSError:
