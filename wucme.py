@@ -901,13 +901,18 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
         raise FileError(f"{path}: {error.strerror}{whose}") from error
 
 
-def signature(path: str) -> str:
-    """Size, modification time and inode, by which a file is known again; "" where there is none."""
+def signature(path: str) -> tuple[str, bool]:
+    """Size, modification time and inode, by which a file is known again ("" for none), and whether it is ours alone."""
     try:
-        about = os.stat(path)
+        about = os.lstat(path)
+        # Root's or ours, no link, and no group may write it; its directory is another question.
+        ours = stat.S_ISREG(about.st_mode) and not about.st_mode & stat.S_IWGRP and (
+            not about.st_uid or about.st_uid == os.geteuid())
+        if stat.S_ISLNK(about.st_mode):
+            about = os.stat(path)
     except OSError:
-        return ""
-    return f"{about.st_size} {about.st_mtime_ns} {about.st_ino}"
+        return "", False
+    return f"{about.st_size} {about.st_mtime_ns} {about.st_ino}", ours
 
 
 def sync_directory(path: str) -> None:
@@ -1046,15 +1051,6 @@ def others_may_write(path: str) -> str:
         if own and about.st_mode & stat.S_IWGRP and not stat.S_ISLNK(about.st_mode):
             return f"{at} (group {about.st_gid} may write it)"
     return ""
-
-
-def ours_alone(path: str) -> bool:
-    """Whether a file is root's or ours, and no link, and no group may write it; its directory is another question."""
-    try:
-        about = os.lstat(path)
-    except OSError:
-        return False
-    return stat.S_ISREG(about.st_mode) and about.st_uid in (0, os.geteuid()) and not about.st_mode & stat.S_IWGRP
 
 
 def open_append(path: str) -> int:
@@ -2131,6 +2127,7 @@ class Memory(NamedTuple):
 
 
 MEMORY_TYPES = {key: type(default) for key, default in Memory._field_defaults.items()}
+FACTS_TYPES = [list, float, float, *[str] * 6]          # as a state file has them
 
 
 class Entry(NamedTuple):
@@ -2146,6 +2143,7 @@ class Entry(NamedTuple):
     fits: bool = False              # whether the key is the certificate's
     fault: str = ""                 # why the files cannot be used
     blocked: bool = False           # whether they cannot even be looked into
+    guarded: bool = False           # whether the key file is ours alone
 
     @property
     def title(self) -> str:
@@ -2180,12 +2178,13 @@ def read_memory(path: str) -> Memory:
     found = read_json(path)
     kept = {key: value for key, value in found.items() if type(value) is MEMORY_TYPES.get(key)}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
-    if isinstance(about, list) and [type(part) for part in about] == [list, float, float, *[str] * 6] \
-            and all(isinstance(name, str) for name in about[0]) and abs(about[1]) + abs(about[2]) < 1e15:
+    if isinstance(about, list) and list(map(type, about)) == FACTS_TYPES and {*map(type, about[0])} <= {str} \
+            and abs(about[1]) + abs(about[2]) < 1e15:
+        about[3], about[7] = sys.intern(about[3]), sys.intern(about[7])     # many have the same issuer and kind of key
         kept["facts"] = Facts(tuple(about[0]), *about[1:])
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+    if isinstance(names, list) and {*map(type, names)} <= {str}:
         kept["names"] = tuple(names)
-    if isinstance(window, list) and [type(part) for part in window] == [float] * 3:
+    if isinstance(window, list) and list(map(type, window)) == [float] * 3:
         kept["window"] = tuple(window)
     return Memory(**kept)
 
@@ -2193,7 +2192,7 @@ def read_memory(path: str) -> Memory:
 def look(entry: Entry) -> Entry:
     """The entry with what its two files say, from memory where they have not changed."""
     memory, fault, blocked = entry.memory, "", False
-    chain, key = signature(entry.chain), signature(entry.key)
+    (chain, _), (key, guarded) = signature(entry.chain), signature(entry.key)
     path = entry.chain
     try:
         if memory.facts is None or memory.chain != chain or not chain:
@@ -2210,7 +2209,7 @@ def look(entry: Entry) -> Entry:
     about = memory.facts
     if about and not about.names and not entry.wanted.names:
         fault, blocked = f"{entry.chain}: names nothing in its subjectAltName; declare it, with names = ...", True
-    return entry._replace(memory=memory, facts=about, fault=fault, blocked=blocked,
+    return entry._replace(memory=memory, facts=about, fault=fault, blocked=blocked, guarded=guarded,
                           fits=not fault and about is not None and memory.key_hash == about.key)
 
 
@@ -2222,7 +2221,7 @@ def key_spelling(name: str) -> str:
 def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
     """Every certificate of a directory, found or declared; other files are counted and left alone."""
     found: list[str] = []
-    present: dict[str, str] = {}
+    keys: dict[str, str] = {}
     files = 0
     with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext(()) as listing:
         for item in listing:
@@ -2230,17 +2229,19 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
             if item.is_dir(follow_symlinks=False) or OWN_FILE.fullmatch(name):
                 continue
             files += 1
-            if name[:6].lower() == "wucme_":
-                present[name.lower()] = name
-                if CERTIFICATE_FILE.fullmatch(name) and not reserved(name[8:-4].lower()):
-                    found.append(name)
+            kind = name[:8].lower()
+            if kind == "wucme_k_":
+                keys[name.lower()] = name
+            elif kind == "wucme_c_" and CERTIFICATE_FILE.fullmatch(name) and not reserved(name[8:-4].lower()):
+                found.append(name)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
     declared = set()
     for name in sorted(found):
         stem = name[8:-4].lower()
         section = by_stem.get(stem)
-        key = present.get(key_spelling(name).lower(), key_spelling(name))
+        key = key_spelling(name)
+        key = keys.get(key.lower(), key)
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
         entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
@@ -2315,9 +2316,9 @@ def wanted_names(entry: Entry) -> tuple[str, ...]:
 
 def changed(entry: Entry, about: Facts) -> str:
     """How a certificate differs from what its own section asks for, or ""."""
+    wanted, has = set(entry.wanted.names), set(about.names)
     # A CA may add names of its own: then what was ordered counts.
-    extra = set(entry.wanted.names) == set(entry.memory.names) and set(entry.wanted.names) <= set(about.names)
-    if "names" in entry.own and set(entry.wanted.names) != set(about.names) and not extra:
+    if "names" in entry.own and wanted != has and not wanted == set(entry.memory.names) <= has:
         return f"its names are now {' '.join(entry.wanted.names)}"
     if "profile" in entry.own and entry.memory.server and entry.wanted.profile != entry.memory.profile:
         return f"its profile is now {entry.wanted.profile or 'the default'}"
@@ -2363,20 +2364,20 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     reason = next(reasons(entry, now, at), "")
     waits = (entry.memory.held_until, 0.0 if named else entry.memory.retry_at)
     # What lies farther ahead was written when the clock was wrong.
-    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0)
-    if reason and now < wait:
+    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0) if reason else 0.0
+    if now < wait:
         return Decision(entry, False, f"{reason}; not tried again before {gmt(wait)}", at, held=True)
     return Decision(entry, bool(reason), reason, at)
 
 
-def too_rare(entry: Entry, runs: Sequence[float]) -> str:
-    """What to say if runs come so rarely that a certificate could expire between two of them, or ""."""
-    about, gap = entry.facts, min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
-    room = about.not_after - due_at(entry) if about else 0.0
-    if room <= 0 or gap <= room / 2:
-        return ""
-    return (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
-            f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
+def too_rare(entries: Iterable[Entry], runs: Sequence[float]) -> Iterator[str]:
+    """What to say of each certificate that could expire between two runs, so rarely do they come."""
+    gap = min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
+    for entry in entries:
+        room = entry.facts.not_after - due_at(entry) if entry.facts else 0.0
+        if 0 < room < 2 * gap:
+            yield (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
+                   f"its end there are only {room / 3600:.1f}: run at least every {room / 4 / 3600:.1f} hours")
 
 
 def dates(decision: Decision, now: float) -> str:
@@ -3858,7 +3859,8 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     """Write the memory of a certificate, if it is other than what is written already, and has a directory."""
     memory = entry.memory._replace(**changes)
     if directory and memory != entry.written:
-        replace(state_path(directory, entry.name), json.dumps(memory._asdict()).encode())
+        said = {key: value for key, value in memory._asdict().items() if value}
+        replace(state_path(directory, entry.name), json.dumps(said).encode())
     return entry._replace(memory=memory, written=memory)
 
 
@@ -4054,11 +4056,7 @@ class Ledger:
                         for name, items in held.items() if isinstance(items, dict)}
         self.alarms = {text: Alarm(tuple(about[0]), about[1]) for text, about in told.items()
                        if is_row(about, list, float)}
-        self.saved = "" if self.stranger else self.text()
-
-    def text(self) -> str:
-        """All of it, as it is written down."""
-        return json.dumps({"machine": self.machine, "certificates": self.records, "alarms": self.alarms})
+        self.changed, self.told = self.stranger, dict(self.alarms)      # against the file
 
     def owes(self, entry: Entry, item: str) -> bool:
         """Whether an item is still to be done for the certificate on disk."""
@@ -4068,27 +4066,30 @@ class Ledger:
     def strike(self, entry: Entry, item: str, problem: str, now: float) -> bool:
         """Note how an item ended; whether that is news. After a failed proof reloads are owed again."""
         items = self.records.setdefault(entry.name, {})
-        before = items.get(item, Loaded())
+        known, before = dict(items), items.get(item, Loaded())
         if problem:
             items[item] = before._replace(problem=problem, since=before.since if before.problem else now)
         else:
             items[item] = Loaded(entry.facts.fingerprint if entry.facts else "")
         if problem and item[0] == "?":
             items.update({text: about._replace(fingerprint="") for text, about in items.items() if text[0] in "+?"})
+        self.changed = self.changed or items != known
         return not problem or before.problem != problem
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
         """Drop the items that no list has any more."""
         kept = {name: {text: about for text, about in items.items() if text in entries[name].wanted.load}
                 for name, items in self.records.items() if name in entries}
-        self.records = {name: items for name, items in kept.items() if items}
+        left = {name: items for name, items in kept.items() if items}
+        self.changed = self.changed or left != self.records
+        self.records = left
 
     def save(self) -> None:
         """Write it, if anything in it is new."""
-        text = self.text()
-        if text != self.saved:
-            replace(self.path, text.encode())
-            self.saved = text
+        if self.changed or self.alarms != self.told:
+            about = {"machine": self.machine, "certificates": self.records, "alarms": self.alarms}
+            replace(self.path, json.dumps(about).encode())
+            self.changed, self.told = False, dict(self.alarms)
 
 
 class Duty(NamedTuple):
@@ -4572,17 +4573,17 @@ def load_items(settings: Settings) -> dict[str, Item]:
 
 def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inventory) -> None:
     """Refuse (SettingsError) copies that would overwrite one another, or wucme's own files."""
-    taken: dict[str, str] = {}
+    taken: dict[str, Entry] = {}
     for entry in inventory.entries.values():
-        for text in dict.fromkeys(text for text in entry.wanted.load if text[0] == ">"):
+        for text in dict.fromkeys([text for text in entry.wanted.load if text[0] == ">"]):
             path = destination(items[text], entry)
             fault = f"{path} is in wucme's own directory" if os.path.dirname(path) == settings.run.directory else \
-                f"{path} would be written for {taken[path]} and for {entry.title}; put {{name}} into it, or the item " \
-                "into the section of one" if path in taken else ""
+                f"{path} would be written for {taken[path].title} and for {entry.title}; put {{name}} into it, or " \
+                "the item into the section of one" if path in taken else ""
             if fault:
                 where = settings.source.where(settings.lists[text], "load", text)
                 raise SettingsError(f"{where}: {printable(text)}: {fault}")
-            taken[path] = entry.title
+            taken[path] = entry
 
 
 def choose(inventory: Inventory, names: Sequence[str]) -> list[Entry]:
@@ -5101,7 +5102,7 @@ def load_json(entry: Entry, items: Mapping[str, Item], ledger: Ledger) -> list[J
 def standing(settings: Settings, world: World) -> Standing:
     """What is there, what is due, what is owed; looks only."""
     now, run, items = world.now(), settings.run, load_items(settings)
-    held = signature(os.path.join(run.directory, LOCK))
+    held, _ = signature(os.path.join(run.directory, LOCK))
     seen = int(held.split()[1]) / 1e9 if held else 0.0
     ledger = Ledger(run.directory, run.host)
     entries = take_stock(settings).entries
@@ -5157,6 +5158,9 @@ def examine(inventory: Inventory, request: Request, now: float) -> list[Decision
 
 def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
     """See to a certificate that needs nothing: what a stopped run left is ended, and what went wrong forgotten."""
+    settled = entry.memory._replace(order="", order_server="", problem="", failures=0, retry_at=0.0, held_until=0.0)
+    if settled == entry.written:
+        return Outcome(entry.title, "current")
     try:
         if entry.memory.order:
             for step in straighten(entry):
@@ -5166,7 +5170,7 @@ def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
     except (WucmeError, OSError) as error:
         return fail(entry, error, run, now)
     with contextlib.suppress(OSError):      # it can be learnt again
-        remember(run.directory, entry, order="", order_server="", problem="", failures=0, retry_at=0.0, held_until=0.0)
+        remember(run.directory, entry._replace(memory=settled))
     return Outcome(entry.title, "current")
 
 
@@ -5219,7 +5223,7 @@ def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Itera
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
     home = settings.run.directory
     paths = [__file__, settings.source.path or __file__, home,
-             *(entry.key for entry in entries if os.path.dirname(entry.key) != home or not ours_alone(entry.key)),
+             *(entry.key for entry in entries if entry.wanted.csr or not entry.guarded),
              *(scope.hook.begin[0] for scope in scopes if scope.hook),
              *(item.argv[0] for item in items.values() if item.text[0] == "@")]
     found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
@@ -5246,6 +5250,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
     with locked(run, world, request.verb == "run") as runs, contextlib.closing(Clients(settings, world)) as clients:
         now = world.now()
         log("certificate management")
+        ledger = open_ledger(run)       # before the rest, for what reading it takes is free again then
         inventory = take_stock(settings)
         check_copies(settings, items, inventory)
         decisions = examine(inventory, request, now)
@@ -5257,10 +5262,9 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         for entry, outcome in tend(decisions, settings, clients, now):
             entries[entry.name] = entry
             outcomes.append(outcome)
-        warnings = list(filter(None, (too_rare(entry, runs) for entry in entries.values())))
+        warnings = list(too_rare(entries.values(), runs))
         for warning in warnings:
             log(warning, wrong=True)
-        ledger = open_ledger(run)
         ledger.forget(entries)
         loads = [Outcome("", "warned", warning, True) for warning in warnings]
         loads += others_trusted(settings, items, entries.values(), ledger)
