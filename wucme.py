@@ -4524,8 +4524,7 @@ def load_items(settings: Settings) -> dict[str, Item]:
             if key == "alert" and text[0] not in "@$":
                 raise ValueError("alert takes @ (a procedure) and $ (a shell command)")
         except ValueError as error:
-            where = settings.source.where(section, key, text)
-            raise SettingsError(f"{where}: {printable(text)}: {error}") from error
+            raise SettingsError(f"{settings.source.where(section, key, text)}: {printable(text)}: {error}") from error
     return items
 
 
@@ -4534,13 +4533,15 @@ def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inven
     taken: dict[str, str] = {}
     for entry in inventory.entries.values():
         for text in dict.fromkeys(text for text in entry.wanted.load if text[0] == ">"):
-            path = destination(items[text], entry)
-            fault = f"{path} is in wucme's own directory" if os.path.dirname(path) == settings.run.directory else \
-                f"{path} would be written for {taken[path]} and for {entry.title}; put {{name}} into it, or the item " \
-                "into the section of one" if path in taken else ""
+            path, fault = destination(items[text], entry), ""
+            if os.path.dirname(path) == settings.run.directory:
+                fault = "is in wucme's own directory"
+            elif path in taken:
+                fault = (f"would be written for {taken[path]} and for {entry.title}; put {{name}} into it, or the item "
+                         "into the section of one")
             if fault:
                 where = settings.source.where(settings.lists[text], "load", text)
-                raise SettingsError(f"{where}: {printable(text)}: {fault}")
+                raise SettingsError(f"{where}: {printable(text)}: {path} {fault}")
             taken[path] = entry.title
 
 
@@ -5306,16 +5307,10 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
     name, run = request.names[0], settings.run
     with locked(run, world), contextlib.closing(Clients(settings, world)) as clients:
         inventory = take_stock(settings)
-        if os.path.isfile(name):
-            chain = read(name)
-            fingerprint = facts(chain).fingerprint
-            found = [one for one in inventory.entries.values() if one.facts and one.facts.fingerprint == fingerprint]
-        else:
-            found = choose(inventory, [name])
-            chain = read(found[0].chain)
-        word = issuing(found[0], settings) if found else settings.default.server[0]
-        der = certificate_der(chain)
-        client = clients.enter(word).client
+        chain = read(name if os.path.isfile(name) else choose(inventory, [name])[0].chain)
+        der, fingerprint = certificate_der(chain), facts(chain).fingerprint
+        found = [one for one in inventory.entries.values() if one.facts and one.facts.fingerprint == fingerprint]
+        client = clients.enter(issuing(found[0], settings) if found else settings.default.server[0]).client
         try:
             client.revoke(der, REASONS[request.reason])
         except AcmeError as error:
@@ -5325,7 +5320,7 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
             client.revoke(der, REASONS[request.reason], by=parse_key(read(found[0].key)))
         print(f"{name} is revoked")
         for entry in found:
-            remember(run.directory, entry, revoked=entry.facts.fingerprint if entry.facts else "")
+            remember(run.directory, entry, revoked=fingerprint)
             print("servers still serve it: " + (
                 f"make a new key and a request, {entry.key}; the next run then gets another" if entry.wanted.csr else
                 f"the next run gets another, with a new key; for now: wucme.py renew {entry.name}"))
@@ -5642,17 +5637,15 @@ def about_ports(case: Case) -> Iterator[Finding]:
             Finding(NOTE, title, "nobody listens on port 80 here: right if another host answers, or passes on to here")
 
 
-def asked_by_port(case: Case) -> list[str]:
-    """The names that the CA connects to."""
-    ported = [kind for kind in case.entry.wanted.challenge if CHALLENGES[kind].port]
-    return [name for name in case.task.names if any(proves(kind, name) for kind in ported)]
-
-
-def addresses(case: Case, name: str) -> list[str]:
-    """Where the CA would connect to for a name, as this host knows it."""
-    with contextlib.suppress(NetworkError):
-        return [name] if is_address(name) else case.task.world.resolve(name)
-    return []
+def called_at(case: Case, kinds: Iterable[str]) -> dict[str, list[str]]:
+    """The names that the CA connects to for these challenge types, and where to, as this host knows it."""
+    used = [kind for kind in case.entry.wanted.challenge if kind in kinds]
+    found: dict[str, list[str]] = {}
+    for name in (name for name in case.task.names if any(proves(kind, name) for kind in used)):
+        found[name] = [name] if is_address(name) else []
+        with contextlib.suppress(NetworkError):
+            found[name] = found[name] or case.task.world.resolve(name)
+    return found
 
 
 def is_private(address: str) -> bool:
@@ -5663,8 +5656,7 @@ def is_private(address: str) -> bool:
 
 def about_addresses(case: Case) -> Iterator[Finding]:
     """Where the names lead, against the addresses of this host."""
-    for name in asked_by_port(case):
-        found = addresses(case, name)
+    for name, found in called_at(case, [kind for kind, about in CHALLENGES.items() if about.port]).items():
         if not found:
             yield Finding(PROBLEM, name, "the name does not resolve here: give it an A or AAAA record")
         for address in found:
@@ -5736,11 +5728,11 @@ def trail(world: World, url: str, address: str) -> tuple[list[str], str, Respons
     return way, "", response
 
 
-def about_visit(case: Case, name: str, address: str, proof: Proof) -> Iterator[Finding]:
+def about_visit(name: str, address: str, proof: Proof, world: World) -> Iterator[Finding]:
     """Whether a token that is published now is answered at one address of a name."""
     host = f"[{name}]" if ":" in name else name
     try:
-        way, fault, last = trail(case.task.world, f"http://{host}{WELL_KNOWN}{proof.token}", address)
+        way, fault, last = trail(world, f"http://{host}{WELL_KNOWN}{proof.token}", address)
     except NetworkError as error:
         if is_ours(address):
             yield Finding(PROBLEM, name, f"{address}: port 80 gives no answer: {error}; open it, or see who has it")
@@ -5761,24 +5753,23 @@ def about_visit(case: Case, name: str, address: str, proof: Proof) -> Iterator[F
 def about_reach(case: Case) -> Iterator[Finding]:
     """Whether the CA's question would be answered at each address of each name."""
     import secrets
-    wanted = case.entry.wanted
-    names = [name for name in asked_by_port(case) if proves("http-01", name)]
-    if "http-01" not in wanted.challenge or "hook" in ways(wanted, "http-01"):
+    wanted, token, called = case.entry.wanted, secrets.token_urlsafe(24), called_at(case, ["http-01"])
+    if not called or "hook" in ways(wanted, "http-01"):
         return
-    key = account_of(case.settings, wanted.server[0]).key
-    token = secrets.token_urlsafe(24)
     try:
-        text = f"{token}.{thumbprint(parse_key(read(key)))}"
+        key = parse_key(read(account_of(case.settings, wanted.server[0]).key))
+        text = f"{token}.{thumbprint(key)}"
     except WucmeError:
         text = f"{token}.check"
         if "stateless" in ways(wanted, "http-01"):
             yield Finding(NOTE, case.entry.title, "stateless = yes, and no account key yet: see wucme.py thumbprint")
             return
+    proof = Proof("http-01", case.task.names[0], token, text)
     try:
-        with answering(case.task, [Proof("http-01", name, token, text) for name in names[:1]]):
-            for name in names:
-                for address in addresses(case, name):
-                    yield from about_visit(case, name, address, Proof("http-01", name, token, text))
+        with answering(case.task, [proof]):
+            for name, addresses in called.items():
+                for address in addresses:
+                    yield from about_visit(name, address, proof, case.task.world)
     except ChallengeError as error:
         yield Finding(PROBLEM, case.entry.title, str(error))
 
