@@ -7483,6 +7483,7 @@ class TestTimer:
         called, table = tmp_path / "called", tmp_path / "cron.d" / "wucme"
         status, shown = run("systemd")
         assert (status, list((tmp_path / "units").iterdir())) == (0, []), "nothing is changed"
+        assert shown.endswith("# to put that in place: timer systemd --install\n")
         for _ in range(2):
             assert run("cron", "--install") == (0, f"wucme runs every hour by cron: {table}\n"
                                                 f"to undo that: rm {table}\n")

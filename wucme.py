@@ -5511,7 +5511,8 @@ def timer(settings: Settings, request: Request, world: World) -> list[str]:
     argv = [sys.executable, script, *(["--ini", settings.source.path] if settings.source.path else [])]
     plan = (by_systemd if form == "systemd" else by_cron)(settings, argv)
     if not request.install:
-        return [*(f"# {path}\n{text}" for path, text in plan.texts.items()), "# to put that in place: timer --install"]
+        return [*(f"# {path}\n{text}" for path, text in plan.texts.items()),
+                f"# to put that in place: timer {form} --install"]
     for table in other_tables(script, world):
         raise FileError(f"{table} has wucme run already; take that out, then try again")
     make_directory(settings.run.directory)
