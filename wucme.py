@@ -4622,10 +4622,11 @@ def sign_up(client: Client, server: ServerScope, who: Applicant, world: World) -
     client.register(who, True)
 
 
-def enter(settings: Settings, word: str, client: Client, world: World, make: bool) -> Opened:
+def enter(settings: Settings, word: str, reach: Callable[[str], Client], world: World, make: bool) -> Opened:
     """Open the account at a CA; if there is none, it is made if it may be and the terms are agreed to."""
     account, server = account_of(settings, word), find_server(settings, word)[1]
-    client.key, who = account_key(account), applicant(server)
+    key, client, who = account_key(account), reach(word), applicant(server)
+    client.key = key
     if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
         finish_key_change(client, account, who)
     state = read_json(account.state)
@@ -4768,7 +4769,7 @@ class Clients:
 
     def enter(self, word: str, make: bool = True) -> Opened:
         """The account at a CA."""
-        return self.once("account", word, lambda: enter(self.settings, word, self.reach(word), self.world, make))
+        return self.once("account", word, lambda: enter(self.settings, word, self.reach, self.world, make))
 
     def close(self) -> None:
         """Close the connections, and remember what became of the accounts."""
