@@ -4678,6 +4678,17 @@ class TestWhenToRenew:
         assert "is not due before" not in done.out
         assert f"certificate: {lab.chain()}" in done.out
 
+    def test_order_that_may_not_be_looked_at_now_is_not_paid_for_twice(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        fake.misbehave("order_pending_for_ever")
+        assert lab.run("--deadline", "2s").status == 1
+        fake.misbehave("rate_limited@order")
+        assert lab.run().status == 1
+        assert orders(fake) == 1
+        fake.misbehave()
+        assert lab.run("renew", "--force", "a.example.test").status == 0
+        assert orders(fake) == 1
+
     def test_one_that_was_not_asked_for_is_no_failure(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for name in ("a.example.test", "b.example.test"):
             lab.old_pair(name)

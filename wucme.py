@@ -4642,15 +4642,23 @@ def enter(settings: Settings, word: str, reach: Callable[[str], Client], world: 
     return Opened(client, server, account, who)
 
 
+def is_limit(error: Exception) -> bool:
+    """Whether a CA but says not now, which ends no order."""
+    return isinstance(error, AcmeError) and error.kind == "rateLimited"
+
+
 def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
     """The order that an earlier run could not finish, else a new one."""
     client, memory = by.client, entry.memory
     if memory.order and memory.order_server == client.url:
-        with contextlib.suppress(AcmeError, ProtocolError):
+        try:
             order, _ = client.fetch_order(client.own_url(memory.order, "order"), names)
             if order.status in ("pending", "ready", "processing", "valid"):
                 log(f"{names[0]}: taking up the order {order.url}")
                 return order
+        except (AcmeError, ProtocolError) as error:
+            if is_limit(error):
+                raise
     log(f"{names[0]}: creating new order for {' '.join(names)} at {client.directory.new_order}")
     account, about = client.account, entry.facts
     replaces = about.ari if about and client.directory.renewal_info and memory.server == client.url else ""
@@ -4840,7 +4848,7 @@ def own_share(run: RunScope, name: str) -> float:
 
 
 def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
-    """Note why a certificate failed; only a CA's refusal counts for the ladder, and ends the order."""
+    """Note why a certificate failed; only a CA's refusal counts for the ladder, and (but a limit) ends the order."""
     problem = sentence(error)
     log(f"{entry.title}: failed: {problem}", wrong=True)
     written = read_memory(state_path(run.directory, entry.name))
@@ -4849,7 +4857,7 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
         failures = memory.failures + 1
         memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry.name), now),
                                  held_until=now + error.retry_after if error.retry_after else 0.0)
-    over = isinstance(error, (AcmeError, PemError))
+    over = isinstance(error, (AcmeError, PemError)) and not is_limit(error)
     if over:
         memory = memory._replace(order="", order_server="")
     with contextlib.suppress(OSError):      # the disk may be what failed
