@@ -12,6 +12,7 @@ import base64
 import collections
 import contextlib
 import email.utils
+import errno
 import functools
 import gc
 import hashlib
@@ -44,6 +45,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import fakeca
@@ -3723,6 +3725,96 @@ class TestReport:
         assert "owed: $ \\x1b: no\\nway" in lines[1]
 
 
+# --- 13. run -----------------------------------------------------------------------------------
+
+def set_up(tmp_path: Path, text: str = "", **options: str) -> wucme.Settings:
+    """The settings of an ini, for this directory."""
+    body = textwrap.dedent(text)
+    return wucme.read_settings(wucme.Source("w.ini", body), {"directory": str(tmp_path), "host": "alpha", **options})
+
+
+class TestRun:
+    @pytest.mark.parametrize("text", ["[web-rsa]\nnames = a.example b.example\n[a.example]\n",
+                                      "[a.example]\n[web-rsa]\nnames = a.example b.example\n"])
+    def test_a_certificate_of_this_very_name_goes_before_others_for_it(self, tmp_path: Path, text: str) -> None:
+        inventory = wucme.take_stock(set_up(tmp_path, text))
+        assert [entry.name for entry in wucme.choose(inventory, ["A.example"])] == ["a.example"]
+        assert [entry.name for entry in wucme.choose(inventory, ["web-rsa"])] == ["web-rsa"]
+
+    def test_dotted_name_is_another_ones_only_if_nobody_has_it(self, tmp_path: Path) -> None:
+        put(tmp_path, "a_b")
+        put(tmp_path, "a_c")
+        inventory = wucme.take_stock(set_up(tmp_path, "[a.b]\nnames = x.example\n[a_b]\nnames = y.example\n"))
+        assert [entry.name for entry in wucme.choose(inventory, ["a.b", "a.c"])] == ["a.b", "a_c"]
+
+    def test_no_ca_makes_for_more_orders_than_there_are_challenge_types(
+            self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: wucme.Log) -> None:
+        def refused(*_: Any) -> None:
+            tries.append(1)
+            error = wucme.AcmeError("of another type", "dns")
+            error.spent = ["dns-01"] if len(tries) < 9 else []
+            raise error
+
+        tries: list[int] = []
+        by: Any = SimpleNamespace(client=SimpleNamespace(
+            own_url=lambda *_: "", fetch_order=lambda *_: SimpleNamespace(status="invalid")))
+        settings = set_up(tmp_path, "[a.example]\n")
+        one = wucme.take_stock(settings).entries["a.example"]
+        task = wucme.Task(("a.example",), one.wanted, ("http-01",), 9e9, wucme.Answers(str(tmp_path)), wucme.REAL,
+                          threading.Event(), one.name)
+        monkeypatch.setattr(wucme, "obtain", refused)
+        with pytest.raises(wucme.AcmeError, match="of another type"):
+            wucme.obtain_by_some_way(one, by, task, settings.run)
+        assert len(tries) == 1
+
+    def test_refusal_counts_although_the_disk_fails_after_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                            log: wucme.Log) -> None:
+        def refused(*_: Any) -> None:
+            error = wucme.AcmeError("no", "dns", 60.0)
+            error.spent = ["http-01"]
+            raise error
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        by: Any = SimpleNamespace(client=SimpleNamespace(
+            own_url=lambda *_: "", fetch_order=lambda *_: SimpleNamespace(status="invalid")))
+        settings = set_up(tmp_path, "[a.example]\n")
+        one = wucme.take_stock(settings).entries["a.example"]
+        task = wucme.Task(("a.example",), one.wanted, ("http-01", "dns-01"), 9e9, wucme.Answers(str(tmp_path)),
+                          wucme.REAL, threading.Event(), one.name)
+        monkeypatch.setattr(wucme, "obtain", refused)
+        monkeypatch.setattr(wucme, "remember", full)
+        with pytest.raises(wucme.AcmeError, match="no"):
+            wucme.obtain_by_some_way(one, by, task, settings.run)
+
+    def test_dry_run_names_the_ca_that_would_be_asked(self, tmp_path: Path) -> None:
+        settings = set_up(tmp_path, "[a.example]\n", server="letsencrypt zerossl")
+        one = wucme.take_stock(settings).entries["a.example"]
+        wucme.remember(str(tmp_path), one, failures=3)
+        assert wucme.foretell(settings, wucme.Request(), wucme.REAL) == [
+            "would order a certificate for a.example at zerossl: declared, and not there yet"]
+
+    def test_alarm_that_cannot_be_written_down_is_said(self, tmp_path: Path, log: wucme.Log) -> None:
+        settings = set_up(tmp_path, "[a.example]\n", alert="$ true")
+        ledger = tmp_path / "wucme_l_alpha.json"
+        ledger.mkdir()
+        report = wucme.rehearse(settings, wucme.Request("load"), wucme.REAL)
+        assert [(one.title, one.state) for one in report.loads] == [(str(ledger), "owed")]
+        assert report.loads[0].problem in "".join(log.held)
+
+    # What is only for b.example is for no certificate of these.
+    @pytest.mark.parametrize(("text", "load", "why"), [
+        ("[a.example]\n", "$ true", "there is no certificate"), ("", "", "there is no certificate"),
+        ("[x]\nnames = www.example.org\n", "", "the load list is empty"),
+        ("[x]\nnames = www.example.org\n", "? 127.0.0.1:1 sni=b.example", "no item of the load list is for it")])
+    def test_why_nothing_was_loaded(self, tmp_path: Path, log: wucme.Log, text: str, load: str, why: str) -> None:
+        if "[x]" in text:
+            put(tmp_path, "x")
+        wucme.rehearse(set_up(tmp_path, f"[wucme]\nload = {load}\n{text}"), wucme.Request("load"), wucme.REAL)
+        assert log.held[-1].endswith(f"nothing was loaded: {why}\n")
+
+
 # --- 14. diagnosis -----------------------------------------------------------------------------
 
 PUBLIC, OTHER = "1.1.1.1", "8.8.8.8"       # addresses that only stand in tables here: nothing is sent to them
@@ -3736,7 +3828,7 @@ def case(tmp_path: Path, *names: str, world: wucme.World = wucme.REAL,
     one = wucme.take_stock(found).entries[label]
     task = wucme.Task(wucme.wanted_names(one), one.wanted, (), 0.0, wucme.Answers(str(tmp_path)), world,
                       threading.Event(), "check")
-    return wucme.Case(one, wucme.wanted_names(one), found, task, {}, issuers or {})
+    return wucme.Case(one, found, task, {}, issuers or {})
 
 
 def told(findings: Iterable[wucme.Finding]) -> list[str]:
@@ -3791,6 +3883,8 @@ class TestDiagnosis:
           ("http://192.168.1.86", "192.168.1.86"): (200, "TOKEN.check")},
          f"problem a.example.test: {PUBLIC}, redirected to http://192.168.1.86/"),
         ({(START, PUBLIC): (301, "http://none.example/TOKEN")}, "problem a.example.test: "),
+        ({(START, PUBLIC): (302, "https://b.example/x/TOKEN")},
+         f"problem a.example.test: {PUBLIC}, redirected to https://b.example/x/"),
         ({(START, PUBLIC): (301, "http://[/TOKEN")}, "problem a.example.test: "),
         ({(START, PUBLIC): (302, "/.well-known/acme-challenge/TOKEN")}, "problem a.example.test: "),
     ])
@@ -3879,6 +3973,25 @@ class TestDiagnosis:
         assert [line.partition(": is not there")[0] for line in told(wucme.about_files(one))] == [
             f"problem a.example.test: {what}" for what in
             (f"webroot {tmp_path}/none", f"hook {tmp_path}/none", f"nsupdate {tmp_path}/k")]
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root must be careful")
+    def test_where_anyone_may_replace_a_procedure(self, tmp_path: Path) -> None:
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(0o777)
+        (tmp_path / "open" / "x").write_text("")
+        (tmp_path / "open" / "x").chmod(0o755)
+        said = told(wucme.about_loads(case(tmp_path, load=f"@{tmp_path}/open/x")))[0]
+        assert said.endswith(f"chmod o-w {tmp_path}/open")
+
+    def test_all_that_is_missing_for_a_copy_is_told_apart(self, tmp_path: Path) -> None:
+        one = case(tmp_path, load=f"> {tmp_path}/none/x.p12 what=p12 password_file={tmp_path}/secret")
+        assert told(wucme.about_loads(one))[0].endswith(
+            f": {tmp_path}/none is not there; {tmp_path}/secret is not there")
+
+    def test_copies_that_overwrite_one_another_are_found(self, tmp_path: Path) -> None:
+        settings = set_up(tmp_path, "[wucme]\nload = > /tmp/x.pem\n[a.example]\n[b.example]\n")
+        with pytest.raises(wucme.SettingsError, match=r"would be written for a\.example and for b\."):
+            next(wucme.diagnose(settings, wucme.Request("check"), wucme.REAL))
 
     @pytest.mark.parametrize(("level", "text", "late"), [
         ("ok", "answers, and its clock agrees", 0),
@@ -4730,6 +4843,41 @@ class TestWhenToRenew:
             x509.AuthorityKeyIdentifier(issuer, None, None), False).sign(key, hashes.SHA256())
         assert wucme.certificate_id(certificate) == "aYhba4dGQEHhs3uEe6CuLN4ByNQ.AIdlQyE"
 
+    def test_one_of_two_certificates_for_a_name(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test", days=80, stem="web-rsa")
+        lab.write(sections="[web-rsa]\nnames = a.example.test\n")
+        done = lab.run("issue", "a.example.test")
+        assert (done.status, lab.chain().exists()) == (0, True), done.err
+        assert "is not due before" not in done.out
+        assert f"certificate: {lab.chain()}" in done.out
+
+    def test_order_that_may_not_be_looked_at_now_is_not_paid_for_twice(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.old_pair("a.example.test")
+        fake.misbehave("order_pending_for_ever")
+        assert lab.run("--deadline", "2s").status == 1
+        fake.misbehave("rate_limited@order")
+        assert lab.run().status == 1
+        assert orders(fake) == 1
+        fake.misbehave()
+        assert lab.run("renew", "--force", "a.example.test").status == 0
+        assert orders(fake) == 1
+
+    def test_one_that_was_not_asked_for_is_no_failure(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        for name in ("a.example.test", "b.example.test"):
+            lab.old_pair(name)
+        lab.key("b.example.test").unlink()
+        done = lab.run("renew", "a.example.test")
+        assert (done.status, "failed:" in done.err) == (0, False), done.err
+        assert lab.run().status == 0
+        assert lab.pair("b.example.test")
+
+    @pytest.mark.parametrize("declared", [True, False])
+    def test_whether_a_first_certificate_is_tried_again(self, fake: fakeca.FakeCA, lab: Host, declared: bool) -> None:
+        fake.misbehave("error_500_html")
+        lab.write(sections="[a.example.test]\n" * declared)
+        done = lab.run("issue", "a.example.test", "--timeout", "2s")
+        assert (done.status, "nothing is tried again by itself" in done.err) == (1, not declared)
+
     def test_window_in_the_past_is_due(self, fake: fakeca.FakeCA, lab: Host) -> None:
         lab.run("issue", "a.example.test")
         before = lab.pair()
@@ -4911,6 +5059,16 @@ class TestAccountsAndProfiles:
         assert next(iter(fake.accounts.values())).status == "deactivated"
         assert not (lab.directory / "wucme_k_account.pem").exists()
         assert lab.run("account", "close").status == 2
+
+    @pytest.mark.parametrize("terms", ["", "no_terms"])
+    def test_only_account_new_makes_one(self, fake: fakeca.FakeCA, lab: Host, terms: str) -> None:
+        fake.misbehave(*filter(None, [terms]))
+        for verb in ("show", "update", "newkey", "deactivate"):
+            done = lab.run("account", verb)
+            assert (done.status, "no account yet" in done.err, "agree = yes" in done.err) == (2, True, False)
+        assert not fake.accounts
+        assert lab.run("account", "new").status == 0
+        assert len(fake.accounts) == 1
 
     def test_account_that_the_ca_lost_is_made_again_only_if_its_terms_are_agreed_to(
             self, fake: fakeca.FakeCA, lab: Host) -> None:
@@ -6983,6 +7141,7 @@ class TestCommandLine:
         (("revoke", "a.example.test", "--dry-run"), "--dry-run goes with run and issue and renew and load and timer"),
         (("account", "deactivate", "--dry-run"), "not with account"),
         (("renew", "nobody.example.test"), "no such certificate"),
+        (("issue", "a.example.test", "--server", "letsencript"), "did you mean letsencrypt?"),
         (("--server", "letsencript"), "did you mean letsencrypt?"),
         (("--ini", "/nonexistent.ini"), "/nonexistent.ini: there is no such file"),
         (("--load", "!now"), "an item begins with +"),
@@ -7518,6 +7677,7 @@ class TestTimer:
         called, table = tmp_path / "called", tmp_path / "cron.d" / "wucme"
         status, shown = run("systemd")
         assert (status, list((tmp_path / "units").iterdir())) == (0, []), "nothing is changed"
+        assert shown.endswith("# to put that in place: timer systemd --install\n")
         for _ in range(2):
             assert run("cron", "--install") == (0, f"wucme runs every hour by cron: {table}\n"
                                                 f"to undo that: rm {table}\n")
@@ -7547,6 +7707,21 @@ class TestTimer:
             assert lines.startswith(kept)
             assert re.fullmatch(rf"\d+ \* \* \* \* \S+ {re.escape(str(SCRIPT))} --ini \S+\n", lines[len(kept):])
         assert run("systemd", root=False)[0] == 2
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="units are for root")
+    def test_what_was_there_stays_until_the_new_form_is_in_place(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        assert run("cron", "--install")[0] == 0
+        (tmp_path / "programs" / "systemctl").write_text("#!/bin/sh\necho no bus; exit 1\n")
+        status, said = run("systemd", "--install")
+        assert (status, "systemctl daemon-reload: exit status 1: no bus" in said) == (1, True)
+        assert (tmp_path / "cron.d" / "wucme").exists()
+
+    def test_tables_that_cannot_be_read_are_passed_over(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        (tmp_path / "cron.d" / "other").write_bytes(bytes(2 << 20))
+        (tmp_path / "table").write_text("")
+        assert run("cron", "--install", root=False)[0] == 0
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="the tables of the system are for root")
     @pytest.mark.parametrize("place", ["cron.d/other", "table"])

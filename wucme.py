@@ -4482,6 +4482,9 @@ LOCK = "wucme.lock"
 DEADLINES = 30                  # the time in which a run may begin to obtain certificates, in deadlines of one
 TRUST = "trust"                 # the alarm, of no item, that others may change what root trusts
 ALARM_SECONDS = 23 * 3600.0     # a day, less what cron may be early
+# What is remembered of attempts when there is nothing to be done any more.
+SETTLED: Mapping[str, Any] = {"order": "", "order_server": "", "problem": "", "failures": 0, "retry_at": 0.0,
+                              "held_until": 0.0}
 
 
 class Request(NamedTuple):
@@ -4526,10 +4529,7 @@ def locked(run: RunScope, world: World, counts: bool = False) -> Iterator[list[f
     make_directory(run.directory)
     path = os.path.join(run.directory, LOCK)
     until, told = world.monotonic() + run.lock_wait, False
-    while True:
-        descriptor = take_lock(path)
-        if descriptor is not None:
-            break
+    while (descriptor := take_lock(path)) is None:
         who = read_json(path)
         holder = printable(f"pid {who.get('pid')} on {who.get('host')} since {who.get('since')}")
         if world.monotonic() >= until:
@@ -4566,8 +4566,7 @@ def load_items(settings: Settings) -> dict[str, Item]:
             if key == "alert" and text[0] not in "@$":
                 raise ValueError("alert takes @ (a procedure) and $ (a shell command)")
         except ValueError as error:
-            where = settings.source.where(section, key, text)
-            raise SettingsError(f"{where}: {printable(text)}: {error}") from error
+            raise SettingsError(f"{settings.source.where(section, key, text)}: {printable(text)}: {error}") from error
     return items
 
 
@@ -4576,26 +4575,28 @@ def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inven
     taken: dict[str, Entry] = {}
     for entry in inventory.entries.values():
         for text in dict.fromkeys([text for text in entry.wanted.load if text[0] == ">"]):
-            path = destination(items[text], entry)
-            fault = f"{path} is in wucme's own directory" if os.path.dirname(path) == settings.run.directory else \
-                f"{path} would be written for {taken[path].title} and for {entry.title}; put {{name}} into it, or " \
-                "the item into the section of one" if path in taken else ""
+            path, fault = destination(items[text], entry), ""
+            if os.path.dirname(path) == settings.run.directory:
+                fault = "is in wucme's own directory"
+            elif path in taken:
+                fault = (f"would be written for {taken[path].title} and for {entry.title}; put {{name}} into it, or "
+                         "the item into the section of one")
             if fault:
                 where = settings.source.where(settings.lists[text], "load", text)
-                raise SettingsError(f"{where}: {printable(text)}: {fault}")
+                raise SettingsError(f"{where}: {printable(text)}: {path} {fault}")
             taken[path] = entry
 
 
 def choose(inventory: Inventory, names: Sequence[str]) -> list[Entry]:
     """The certificates that names mean, all for none; SettingsError for a name that means none."""
-    if not names:
-        return list(inventory.entries.values())
-    known = {alias: entry for entry in inventory.entries.values()
-             for alias in (entry.name, entry.name.replace("_", "."), entry.title)}
+    entries = list(inventory.entries.values())
+    # Two may be for one name: the one that is called so goes first.
+    known = {**{entry.title: entry for entry in entries}, **{entry.name.replace("_", "."): entry for entry in entries},
+             **inventory.entries}
     for name in names:
         if name.lower() not in known:
             raise SettingsError(f"{printable(name)}: no such certificate{nearest(name.lower(), known)}")
-    return list({known[name.lower()].name: known[name.lower()] for name in names}.values())
+    return list({known[name.lower()].name: known[name.lower()] for name in names}.values()) if names else entries
 
 
 def run_mark(now: float) -> str:
@@ -4669,28 +4670,39 @@ def sign_up(client: Client, server: ServerScope, who: Applicant, world: World) -
     client.register(who, True)
 
 
-def enter(settings: Settings, word: str, client: Client, key: PrivateKey, world: World) -> Opened:
-    """Open the account at a CA; it is made if there is none and the terms are agreed to."""
+def enter(settings: Settings, word: str, reach: Callable[[str], Client], world: World, make: bool) -> Opened:
+    """Open the account at a CA; if there is none, it is made if it may be and the terms are agreed to."""
     account, server = account_of(settings, word), find_server(settings, word)[1]
+    key, client, who = account_key(account), reach(word), applicant(server)
     client.key = key
-    who = applicant(server)
     if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
         finish_key_change(client, account, who)
-    if not client.account and not client.register(who, server.agree):
+    if not client.account and not client.register(who, make and server.agree):
+        if not make:
+            raise SettingsError(f"{server.url}: no account yet; account new makes one, as the first order does "
+                                "(the CA's terms of service must be agreed to, if it has any)")
         sign_up(client, server, who, world)
     note_account(client, account)
     return Opened(client, server, account, who)
+
+
+def is_limit(error: Exception) -> bool:
+    """Whether a CA but says not now, which ends no order."""
+    return isinstance(error, AcmeError) and error.kind == "rateLimited"
 
 
 def start_order(by: Opened, entry: Entry, names: Sequence[str]) -> Order:
     """The order that an earlier run could not finish, else a new one."""
     client, memory = by.client, entry.memory
     if memory.order and memory.order_server == client.url:
-        with contextlib.suppress(AcmeError, ProtocolError):
+        try:
             order = client.fetch_order(client.own_url(memory.order, "order"), names)
             if order.status in ("pending", "ready", "processing", "valid"):
                 log(f"{names[0]}: taking up the order {order.url}")
                 return order
+        except (AcmeError, ProtocolError) as error:
+            if is_limit(error):
+                raise
     log(f"{names[0]}: creating new order for {' '.join(names)} at {client.directory.new_order}")
     account, about = client.account, entry.facts
     replaces = about.ari if about and client.directory.renewal_info and memory.server == client.url else ""
@@ -4771,23 +4783,21 @@ def obtain_by_some_way(entry: Entry, by: Opened, task: Task, run: RunScope) -> O
     met: list[Exception] = []
     while True:
         try:
+            if met:
+                entry = give_up_order(entry, by.client, run)
             return obtain(entry, by, task, run)
         except (WucmeError, OSError) as error:
             met.append(error)
-            spent = error.spent if isinstance(error, (ChallengeError, AcmeError)) else ()
-            left = tuple(kind for kind in task.kinds if kind not in spent)
-            if spent and all(any(proves(kind, name) for kind in left) for name in task.names):
-                log(f"{task.names[0]}: {sentence(error)}; trying {' or '.join(left)}")
-                task = task._replace(kinds=left, until=task.world.monotonic() + run.deadline)
-                entry = give_up_order(entry, by.client, run)
-                continue
-            # What the CA refused must count for the ladder, whatever failed afterwards.
-            refusals = [one for one in met if isinstance(one, AcmeError)]
-            if refusals:
-                raise max(refusals, key=lambda one: one.retry_after) from error
-            if len(met) > 1:
-                raise ChallengeError("; ".join(map(sentence, met))) from error
-            raise
+            left = tuple(kind for kind in task.kinds if kind not in getattr(error, "spent", ()))
+            if left == task.kinds or not all(any(proves(kind, name) for kind in left) for name in task.names):
+                break
+            log(f"{task.names[0]}: {sentence(error)}; trying {' or '.join(left)}")
+            task = task._replace(kinds=left, until=task.world.monotonic() + run.deadline)
+    # What the CA refused must count for the ladder, whatever failed afterwards.
+    refusals = [one for one in met if isinstance(one, AcmeError)]
+    if refusals:
+        raise max(refusals, key=lambda one: one.retry_after) from met[-1]
+    raise met[0] if len(met) == 1 else ChallengeError("; ".join(map(sentence, met)))
 
 
 def preference(entry: Entry, settings: Settings) -> list[str]:
@@ -4829,11 +4839,11 @@ def touch(once: Once[Any], words: Iterable[str]) -> None:
 class Clients:
     """The CAs that a run needs: `reach` is a client of one, for questions that need no account, `enter` the account."""
 
-    def __init__(self, settings: Settings, world: World) -> None:
+    def __init__(self, settings: Settings, world: World, make: bool = True) -> None:      # `make` an account
         self.settings, self.world = settings, world
         self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
         self.reach = Once(self.recall if settings.run.directory else functools.partial(reach, settings, world))
-        self.enter = Once(self.open)
+        self.enter = Once(lambda word: enter(settings, word, self.reach, world, make))
 
     def recall(self, word: str) -> Client:
         """A client of a CA, with what is remembered of it."""
@@ -4844,11 +4854,6 @@ class Clients:
         with contextlib.suppress(ProtocolError):
             client.account = client.own_url(state.get("account"), "account")
         return client
-
-    def open(self, word: str) -> Opened:
-        """The account at a CA."""
-        key = account_key(account_of(self.settings, word))
-        return enter(self.settings, word, self.reach(word), key, self.world)
 
     def close(self) -> None:
         """Close the connections, and remember what became of the accounts."""
@@ -4880,12 +4885,15 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float,
           change: Callable[..., list[Step]] = switch) -> Entry:
     """Check a certificate as it would go live, and make it live by the steps of a `change`."""
     entry, names = obtained.entry, wanted_names(obtained.entry)
-    kept = read(entry.key) if obtained.key is None or entry.whole else b""
-    public = key_hash(obtained.key.public_key()) if obtained.key else key_of(kept)
-    temporary = f"{entry.chain}_tmp"
+    if obtained.key is None:
+        public, secret = key_of(read(entry.key)), b""
+    else:
+        public = key_hash(obtained.key.public_key())
+        kept = entry.whole and public == entry.memory.key_hash
+        secret = private_key(read(entry.key)) if kept else key_pem(obtained.key)
+    temporary, waiting = f"{entry.chain}_tmp", f"{entry.key}_tmp"
     log(f"saving certificate to {temporary}")
     create(temporary, obtained.chain)
-    waiting = f"{entry.key}_tmp"
     log(f"reading private key {waiting if os.path.exists(waiting) else entry.key}")
     try:
         extra = check_chain(read(temporary), public, names, now)
@@ -4893,8 +4901,6 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float,
         raise AcmeError(str(error), "badCertificate") from error
     if extra:
         log(f"{entry.title}: the CA added {' '.join(extra)}")
-    same = obtained.key is None or (entry.whole and public == entry.memory.key_hash)
-    secret = b"" if obtained.key is None else private_key(kept) if same else key_pem(obtained.key)
     for step in change(entry, obtained.chain, secret, mark):
         if not step.text.startswith("saving"):
             log(step.text)
@@ -4906,9 +4912,8 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float,
     if not found.whole:
         raise FileError(f"{found.fault or entry.key}: the new pair does not fit on the disk")
     with contextlib.suppress(OSError):      # it is live: what follows must not undo that
-        remember(run.directory, found, server=obtained.server, names=tuple(names), order="", order_server="",
-                 profile=entry.wanted.profile, problem="", failures=0, retry_at=0.0, held_until=0.0, window=(),
-                 about="", ask_at=0.0)
+        remember(run.directory, found, server=obtained.server, names=tuple(names), profile=entry.wanted.profile,
+                 window=(), about="", ask_at=0.0, **SETTLED)
     return found
 
 
@@ -4919,9 +4924,8 @@ def own_share(run: RunScope, name: str) -> float:
 
 
 def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
-    """Note why a certificate failed; only a CA's refusal counts for the ladder, and ends the order."""
+    """Note why a certificate failed; only a CA's refusal counts for the ladder, and (but a limit) ends the order."""
     problem = sentence(error)
-    news = problem != entry.memory.problem
     log(f"{entry.title}: failed: {problem}", wrong=True)
     written = read_memory(state_path(run.directory, entry.name))
     memory = written._replace(problem=problem)
@@ -4929,13 +4933,14 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
         failures = memory.failures + 1
         memory = memory._replace(failures=failures, retry_at=next_try(failures, own_share(run, entry.name), now),
                                  held_until=now + error.retry_after if error.retry_after else 0.0)
+    over = isinstance(error, (AcmeError, PemError)) and not is_limit(error)
+    if over:
+        memory = memory._replace(order="", order_server="")
     with contextlib.suppress(OSError):      # the disk may be what failed
-        over = isinstance(error, (AcmeError, PemError))
-        memory = memory._replace(order="", order_server="") if over else memory
         for path in entry.files if over else entry.files[:1]:
             remove(f"{path}_tmp")
         remember(run.directory, entry._replace(memory=memory, written=written))
-    return Outcome(entry.title, "failed", problem, news)
+    return Outcome(entry.title, "failed", problem, news=problem != entry.memory.problem)
 
 
 def patience(entry: Entry, run: RunScope) -> float:
@@ -4969,40 +4974,47 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
         return entry, fail(entry, error, run, now)
 
 
-def renew_all(due: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
+@contextlib.contextmanager
+def listening(entries: Sequence[Entry], answers: Answers) -> Iterator[dict[Place, str]]:
+    """Listen where certificates want it for as long as this is open; gives why it cannot be done at some places."""
+    listeners, refused = open_listeners((place for entry in entries for kind in entry.wanted.challenge
+                                         for place in places(entry.wanted, kind)), answers)
+    try:
+        yield refused
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def renew_all(due: Iterable[Entry], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """Obtain and store every certificate that is due, the most urgent first."""
-    run = settings.run
-    ranked = sorted((one.entry for one in due), key=lambda entry: entry.facts.not_after if entry.facts else now)
+    run, world = settings.run, clients.world
+    ranked = sorted(due, key=lambda entry: entry.facts.not_after if entry.facts else now)
     urgent, later = ranked[:run.orders], ranked[run.orders:]
     if later:
         log(f"{len(later)} more are due, and left to the next run (orders = {run.orders}): "
             + ", ".join(entry.title for entry in later[:3]) + " ..." * (len(later) > 3))
     for entry in later:
         yield entry, Outcome(entry.title, "held")
-    answers = Answers(run.directory)
-    first = {entry.name: preference(entry, settings)[0] for entry in urgent}
-    jobs: list[Job] = []
-    listeners: list[Listener] = []
-    try:
-        with beside(functools.partial(touch, clients.reach, first.values())):
-            listeners, refused = open_listeners((place for entry in urgent for kind in entry.wanted.challenge
-                                                 for place in places(entry.wanted, kind)), answers)
-            for entry in urgent:
-                try:
-                    kinds = prospects(entry.wanted, check_names(entry), refused)
-                    jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, kinds, clients, answers,
-                                                                  run), patience(entry, run)))
-                except WucmeError as error:
-                    yield entry, fail(entry, error, run, now)
-            touch(clients.enter, (first[job.name] for job in jobs))     # the user may be asked about terms
-        entries = {entry.name: entry for entry in urgent}
-        for name, result in gather(jobs, run.workers, clients.world, clients.until):
-            yield conclude(entries[name], result, run, now, clients.world)
+    answers, begun, jobs = Answers(run.directory), {}, []
+    # The CAs are called while listeners and keys are seen to.
+    calls = functools.partial(touch, clients.reach, [preference(entry, settings)[0] for entry in urgent])
+    with beside(calls), listening(urgent, answers) as refused:
+        for entry in urgent:
+            try:
+                kinds = prospects(entry.wanted, check_names(entry), refused)
+            except WucmeError as error:
+                yield entry, fail(entry, error, run, now)
+                continue
+            begun[entry.name] = entry
+            jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, kinds, clients, answers, run),
+                            patience(entry, run)))
+        # Accounts first: the user may be asked about terms.
+        touch(clients.enter, [preference(entry, settings)[0] for entry in begun.values()])
+        for name, result in gather(jobs, run.workers, world, clients.until):
+            yield conclude(begun[name], result, run, now, world)
         with contextlib.suppress(OSError):      # too many backups do no harm
             prune(run.directory, (os.path.basename(path) for one in urgent for path in one.files), run.backups)
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 def issuing(entry: Entry, settings: Settings) -> str:
@@ -5046,18 +5058,19 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
     return found
 
 
-def save(ledger: Ledger) -> str:
-    """Write the ledger down; the problem, or ""."""
+def save(ledger: Ledger) -> list[Outcome]:
+    """Write the ledger down; an outcome if it cannot be."""
     try:
         ledger.save()
+        return []
     except OSError as error:
-        return f"{ledger.path}: what was loaded cannot be written down, and is loaded again: {error.strerror}"
-    return ""
+        problem = f"{ledger.path}: what was loaded cannot be written down, and is loaded again: {error.strerror}"
+        log(problem, wrong=True)
+        return [Outcome(ledger.path, "owed", problem, True)]
 
 
-def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> list[Outcome]:
+def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> Iterator[Outcome]:
     """Do what is to be loaded; an item that fails does not stop the next, and stays owed."""
-    outcomes = []
     saved = world.monotonic()
     try:
         for duty in todo:
@@ -5070,16 +5083,14 @@ def pay(todo: Iterable[Duty], run: RunScope, ledger: Ledger, world: World) -> li
                 + (f": {problem}; it is owed, and tried again by the next run" if problem else ""), wrong=bool(problem))
             for entry in duty.entries:
                 news = ledger.strike(entry, duty.item.text, problem, world.now())
-                outcomes.append(Outcome(entry.title, "owed" if problem else "loaded", problem, news))
+                yield Outcome(entry.title, "owed" if problem else "loaded", problem, news)
             if world.monotonic() - saved > 1:
-                save(ledger)
+                with contextlib.suppress(OSError):
+                    ledger.save()
                 saved = world.monotonic()
     finally:
-        problem = save(ledger)
-        if problem:
-            log(problem, wrong=True)
-            outcomes.append(Outcome(ledger.path, "owed", problem, True))
-    return outcomes
+        with contextlib.suppress(OSError):      # tried, and said, once more in the end
+            ledger.save()
 
 
 class Standing(NamedTuple):
@@ -5138,7 +5149,6 @@ def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: 
             yield Outcome(item, "owed", problem, True)
         else:
             ledger.alarms[item] = Alarm(wrong, now)
-    save(ledger)
     try:
         if run.metrics:
             replace(run.metrics, metrics_text(found.about).encode(), 0o644)
@@ -5156,13 +5166,16 @@ def examine(inventory: Inventory, request: Request, now: float) -> list[Decision
     return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
 
 
-def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
-    """See to a certificate that needs nothing: what a stopped run left is ended, and what went wrong forgotten."""
-    settled = entry.memory._replace(order="", order_server="", problem="", failures=0, retry_at=0.0, held_until=0.0)
-    if settled == entry.written:
-        return Outcome(entry.title, "current")
+def pass_by(decision: Decision, run: RunScope, now: float) -> Outcome:
+    """See to a certificate that is not due: what a stopped run left is ended, and what went wrong forgotten."""
+    entry, outcome = decision.entry, Outcome(decision.entry.title, "held" if decision.held else "current")
+    settled = entry.memory._replace(**SETTLED) if entry.whole and not decision.reason else entry.memory
+    if settled == entry.written and not entry.fault:
+        return outcome
     try:
-        if entry.memory.order:
+        if entry.fault and (entry.blocked or not wanted_names(entry)):
+            raise FileError(entry.fault)
+        if entry.memory.order and not settled.order:
             for step in straighten(entry):
                 log(step.text)
                 step.do()
@@ -5171,30 +5184,23 @@ def wind_up(entry: Entry, run: RunScope, now: float) -> Outcome:
         return fail(entry, error, run, now)
     with contextlib.suppress(OSError):      # it can be learnt again
         remember(run.directory, entry._replace(memory=settled))
-    return Outcome(entry.title, "current")
+    return outcome
 
 
 def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> Iterator[Tended]:
     """See to every certificate: each comes back as it is afterwards, with its outcome."""
-    run = settings.run
+    due = []
     for one in decisions:
-        if one.entry.facts and (one.due or log.live):
-            log(one.entry.chain)
+        entry = one.entry
+        if entry.facts and (one.due or log.live):
+            log(entry.chain)
             log(dates(one, now))
+        if one.due or one.held:
+            log(f"{entry.title}: due: {one.reason}" + (f": {entry.memory.problem}" if one.held else ""))
         if one.due:
-            log(f"{one.entry.title}: due: {one.reason}")
-        elif one.entry.fault and not one.held:
-            yield one.entry, fail(one.entry, FileError(one.entry.fault), run, now)
+            due.append(entry)
         else:
-            if one.held:
-                log(f"{one.entry.title}: due: {one.reason}: {one.entry.memory.problem}")
-            if one.entry.whole and not one.reason:
-                yield one.entry, wind_up(one.entry, run, now)
-                continue
-            with contextlib.suppress(OSError):      # it can be learnt again
-                remember(run.directory, one.entry)
-            yield one.entry, Outcome(one.entry.title, "held" if one.held else "current")
-    due = [one for one in decisions if one.due]
+            yield entry, pass_by(one, settings.run, now)
     if due:
         yield from renew_all(due, settings, clients, now)
 
@@ -5245,8 +5251,7 @@ def open_ledger(run: RunScope) -> Ledger:
 
 def run_once(settings: Settings, request: Request, world: World) -> Report:
     """The whole job, once: look, ask, decide, obtain, store, load, report."""
-    items = load_items(settings)
-    run = settings.run
+    items, run = load_items(settings), settings.run
     with locked(run, world, request.verb == "run") as runs, contextlib.closing(Clients(settings, world)) as clients:
         now = world.now()
         log("certificate management")
@@ -5258,19 +5263,18 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
             inventory = inventory._replace(entries={**inventory.entries, **told})
             decisions = examine(inventory, request, now)
         clean_up(inventory, settings, world)
-        entries, outcomes = {}, []
-        for entry, outcome in tend(decisions, settings, clients, now):
-            entries[entry.name] = entry
-            outcomes.append(outcome)
-        warnings = list(too_rare(entries.values(), runs))
-        for warning in warnings:
+        tended = list(tend(decisions, settings, clients, now))
+        entries = {entry.name: entry for entry, _ in tended}
+        loads = []
+        for warning in too_rare(entries.values(), runs):
             log(warning, wrong=True)
+            loads.append(Outcome("", "warned", warning, True))
         ledger.forget(entries)
-        loads = [Outcome("", "warned", warning, True) for warning in warnings]
         loads += others_trusted(settings, items, entries.values(), ledger)
         loads += pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
         loads += alarm(settings, items, ledger, world)
-        report = Report(inventory.files, outcomes, loads)
+        loads += save(ledger)
+        report = Report(inventory.files, [outcome for _, outcome in tended], loads)
         log(report.tally())
     return report
 
@@ -5281,35 +5285,34 @@ def rehearse(settings: Settings, request: Request, world: World) -> Report:
     with locked(settings.run, world):
         inventory = take_stock(settings)
         check_copies(settings, items, inventory)
-        entries = {entry.name: entry for entry in choose(inventory, request.names)}
+        entries = choose(inventory, request.names)
         ledger = open_ledger(settings.run)
-        loads = pay(duties(entries.values(), items, lambda *_: True), settings.run, ledger, world)
-        loads += alarm(settings, items, ledger, world)
+        loads = list(pay(duties(entries, items, lambda *_: True), settings.run, ledger, world))
         if not loads:
-            log("nothing was loaded: " + ("the load list is empty" if entries else "there is no certificate"))
-        return Report(inventory.files, [Outcome(entry.title, "current") for entry in entries.values()], loads)
+            lists = [entry.wanted.load for entry in entries if entry.whole]
+            log("nothing was loaded: " + ("no item of the load list is for it" if any(lists) else
+                                          "the load list is empty" if lists else "there is no certificate"))
+        loads += alarm(settings, items, ledger, world)
+        loads += save(ledger)
+        return Report(inventory.files, [Outcome(entry.title, "current") for entry in entries], loads)
 
 
 def foretell(settings: Settings, request: Request, world: World) -> list[str]:
     """What a run (or a load) would do, in words; nothing is changed."""
-    items, run, now = load_items(settings), settings.run, world.now()
+    items, now = load_items(settings), world.now()
     inventory = take_stock(settings)
     check_copies(settings, items, inventory)
-    decisions = examine(inventory, request, now)
     lines = []
-    for one in decisions if request.verb != "load" else ():
-        if one.due:
-            lines.append(f"would order a certificate for {' '.join(wanted_names(one.entry))} at "
-                         f"{one.entry.wanted.server[0]}: {one.reason}")
-        else:
-            lines.append(f"{dates(one, now)}: {f'due: {one.reason}' if one.held else 'not due'}")
-    ledger = Ledger(run.directory, run.host)
     if request.verb == "load":
         todo = duties(choose(inventory, request.names), items, lambda *_: True)
     else:
+        ledger, decisions = Ledger(settings.run.directory, settings.run.host), examine(inventory, request, now)
         renewed = {one.entry.name for one in decisions if one.due}
-        todo = duties((one.entry for one in decisions), items, lambda entry, text: entry.name in renewed or
-                      ledger.owes(entry, text))
+        lines = [f"would order a certificate for {' '.join(wanted_names(one.entry))} at "
+                 f"{preference(one.entry, settings)[0]}: {one.reason}" if one.due else
+                 f"{dates(one, now)}: {f'due: {one.reason}' if one.held else 'not due'}" for one in decisions]
+        todo = duties(inventory.entries.values(), items,
+                      lambda entry, text: entry.name in renewed or ledger.owes(entry, text))
     lines += [f"would {KINDS[one.item.text[0]].words} {one.item.text} for "
               f"{', '.join(entry.title for entry in one.entries)}" for one in todo]
     return [printable(line) for line in lines] or ["nothing to do"]
@@ -5319,11 +5322,14 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     """The first certificate for some names: a run for it alone, then what its user wants to know."""
     fresh, label = declare(settings, request.names, request.options)
     section = fresh.sections[label]
+    for word in section.values.server:
+        find_server(fresh, word, section.title)
     report = run_once(fresh, request._replace(names=(label,)), world)
     found = choose(take_stock(fresh), [label])[0]
-    if not found.whole:
+    if not found.whole and label not in settings.sections:
         log("nothing was issued, and nothing is tried again by itself: mend the cause and give the same command again")
-    state = next((one.state for one in report.certificates if one.title == found.title), "failed")
+    # Others may have its title; what was due comes last.
+    state = [one.state for one in report.certificates if one.title == found.title][-1]
     if not found.whole or state in ("failed", "held"):
         return report
     if state == "current":
@@ -5386,21 +5392,13 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
     """Revoke a certificate, by its name or its file, and say what that means for those who serve it."""
     if len(request.names) != 1 or request.reason not in REASONS:
         raise SettingsError(f"revoke takes one name or file, and --reason {', '.join(REASONS)}")
-    name = request.names[0]
-    run = settings.run
-    clients = Clients(settings, world)
-    with locked(run, world), contextlib.closing(clients):
+    name, run = request.names[0], settings.run
+    with locked(run, world), contextlib.closing(Clients(settings, world)) as clients:
         inventory = take_stock(settings)
-        if os.path.isfile(name):
-            chain = read(name)
-            fingerprint = facts(chain).fingerprint
-            found = [one for one in inventory.entries.values() if one.facts and one.facts.fingerprint == fingerprint]
-        else:
-            found = choose(inventory, [name])
-            chain = read(found[0].chain)
-        word = issuing(found[0], settings) if found else settings.default.server[0]
-        der = certificate_der(chain)
-        client = clients.enter(word).client
+        chain = read(name if os.path.isfile(name) else choose(inventory, [name])[0].chain)
+        der, fingerprint = certificate_der(chain), facts(chain).fingerprint
+        found = [one for one in inventory.entries.values() if one.facts and one.facts.fingerprint == fingerprint]
+        client = clients.enter(issuing(found[0], settings) if found else settings.default.server[0]).client
         try:
             client.revoke(der, REASONS[request.reason])
         except AcmeError as error:
@@ -5410,7 +5408,7 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
             client.revoke(der, REASONS[request.reason], by=parse_key(read(found[0].key)))
         print(f"{name} is revoked")
         for entry in found:
-            remember(run.directory, entry, revoked=entry.facts.fingerprint if entry.facts else "")
+            remember(run.directory, entry, revoked=fingerprint)
             print("servers still serve it: " + (
                 f"make a new key and a request, {entry.key}; the next run then gets another" if entry.wanted.csr else
                 f"the next run gets another, with a new key; for now: wucme.py renew {entry.name}"))
@@ -5469,15 +5467,8 @@ def account_verb(settings: Settings, request: Request, world: World) -> Report:
     action = request.names[0] if len(request.names) == 1 else ""
     if action not in ACCOUNT_VERBS:
         raise SettingsError(f"account takes one of {', '.join(ACCOUNT_VERBS)}")
-    word = settings.default.server[0]
-    if action != "new":             # none is made by the way
-        world = world._replace(ask=lambda _: False)
-        settings = settings._replace(
-            servers={name: server._replace(agree=False) for name, server in settings.servers.items()},
-            other_server=settings.other_server._replace(agree=False))
-    clients = Clients(settings, world)
-    with locked(settings.run, world), contextlib.closing(clients):
-        opened = clients.enter(word)
+    with locked(settings.run, world), contextlib.closing(Clients(settings, world, action == "new")) as clients:
+        opened = clients.enter(settings.default.server[0])
         for line in ACCOUNT_VERBS[action](opened, run_mark(world.now())):
             print(printable(line))
     return Report(0, [], [])
@@ -5485,6 +5476,7 @@ def account_verb(settings: Settings, request: Request, world: World) -> Report:
 
 UNITS, BOOTED = "/etc/systemd/system", "/run/systemd/system"
 CRON_FILE = "/etc/cron.d/wucme"
+OWN_TABLE = "your crontab"
 CRONTAB = """\
 { crontab -l 2>/dev/null | grep -vF -e "$WUCME_SCRIPT"; printf '%s\\n' "$WUCME_LINE"; } | crontab -"""
 TIMER = """\
@@ -5530,10 +5522,9 @@ CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_CHOWN CAP_FOWNER CAP_DAC_OVERRIDE
 
 class Schedule(NamedTuple):
     """A way to have wucme run every hour: what is written where, what is run then, and what undoes it."""
-    files: dict[str, str]
-    then: tuple[tuple[str, ...], ...]
+    texts: dict[str, str]
+    then: Sequence[Sequence[str]]
     undo: str
-    line: str = ""                  # for the user's own crontab
 
 
 def unit_word(text: str) -> str:
@@ -5558,37 +5549,45 @@ def service(settings: Settings, items: Mapping[str, Item], argv: Sequence[str]) 
     return SERVICE.format(" ".join(unit_word(word).replace("$", "$$") for word in argv), limit, confined)
 
 
-def schedule(settings: Settings, form: str) -> Schedule:
-    """What makes wucme run every hour, by systemd or by cron."""
+def by_systemd(settings: Settings, argv: Sequence[str]) -> Schedule:
+    """A timer of systemd."""
+    if os.geteuid() != 0:
+        raise SettingsError("timer: only root can install a unit of systemd; timer cron takes your own crontab")
+    texts = {f"{UNITS}/wucme.service": service(settings, load_items(settings), argv), f"{UNITS}/wucme.timer": TIMER}
+    return Schedule(texts, [("systemctl", "daemon-reload"), ("systemctl", "enable", "--now", "wucme.timer")],
+                    f"systemctl disable --now wucme.timer; rm {' '.join(texts)}; systemctl daemon-reload")
+
+
+def by_cron(settings: Settings, argv: Sequence[str]) -> Schedule:
+    """A line for cron, in a table of the system or of the user."""
     import shlex
-    script, root = os.path.abspath(__file__), os.geteuid() == 0
-    argv = [sys.executable, script, *(["--ini", settings.source.path] if settings.source.path else [])]
-    units = {kind: os.path.join(UNITS, f"wucme.{kind}") for kind in ("service", "timer")}
-    if form == "systemd":
-        if not root:
-            raise SettingsError("timer: only root can install a unit of systemd; timer cron takes your own crontab")
-        return Schedule({units["service"]: service(settings, load_items(settings), argv), units["timer"]: TIMER},
-                        (("systemctl", "daemon-reload"), ("systemctl", "enable", "--now", "wucme.timer")),
-                        f"systemctl disable --now wucme.timer; rm {' '.join(units.values())}; systemctl daemon-reload")
     when = f"{1 + int(58 * own_share(settings.run, 'timer'))} * * * *"      # not at :00, when everybody comes
-    line = shlex.join(argv).replace("%", r"\%")
-    then = (("systemctl", "disable", "--now", "wucme.timer"),) if root and os.path.exists(units["timer"]) \
-        else ()
+    line, root, then = shlex.join(argv).replace("%", r"\%"), os.geteuid() == 0, []
+    if root and os.path.exists(f"{UNITS}/wucme.timer"):
+        then.append(("systemctl", "disable", "--now", "wucme.timer"))
     if root and os.path.isdir(os.path.dirname(CRON_FILE)):
         return Schedule({CRON_FILE: f"{when} root {line}\n"}, then, f"rm {CRON_FILE}")
-    return Schedule({}, (*then, ("env", f"WUCME_SCRIPT={script}", f"WUCME_LINE={when} {line}", "sh", "-c", CRONTAB)),
-                    f"crontab -e, and take out the line with {script}", f"{when} {line}")
+    change = "env", f"WUCME_SCRIPT={argv[1]}", f"WUCME_LINE={when} {line}", "sh", "-c", CRONTAB
+    return Schedule({OWN_TABLE: f"{when} {line}\n"}, [*then, change],
+                    f"crontab -e, and take out the line with {argv[1]}")
+
+
+def read_table(path: str) -> list[str]:
+    """The lines of a table of cron; none where it cannot be read."""
+    with contextlib.suppress(FileError):
+        return read(path).decode("utf-8", "replace").splitlines()
+    return []
 
 
 def other_tables(script: str, world: World) -> Iterator[str]:
     """The tables of cron that run this script and are not ours to replace."""
-    folder = os.path.dirname(CRON_FILE)
-    paths = [os.path.join(folder, name) for name in (os.listdir(folder) if os.path.isdir(folder) else ())]
-    tables = {path: read(path).decode("utf-8", "replace").splitlines() for path in ("/etc/crontab", *paths)
-              if os.path.isfile(path) and path != CRON_FILE}
-    if os.geteuid() == 0 and os.path.isdir(folder):
-        tables["root's crontab"] = world.command(("crontab", "-l"), child_environment(), 60.0).output
-    return (name for name, lines in tables.items() if any(script in line.partition("#")[0] for line in lines))
+    tables, folder = {"/etc/crontab": read_table("/etc/crontab")}, os.path.dirname(CRON_FILE)
+    with contextlib.suppress(OSError):
+        tables.update({path: read_table(path) for path in (os.path.join(folder, name) for name in os.listdir(folder))})
+        if os.geteuid() == 0:
+            tables["root's crontab"] = world.command(("crontab", "-l"), child_environment(), 60.0).output
+    return (name for name, lines in tables.items()
+            if name != CRON_FILE and any(script in line.partition("#")[0] for line in lines))
 
 
 def timer(settings: Settings, request: Request, world: World) -> list[str]:
@@ -5596,22 +5595,25 @@ def timer(settings: Settings, request: Request, world: World) -> list[str]:
     if request.options or request.staging or len(request.names) > 1 or not set(request.names) <= {"systemd", "cron"}:
         raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
     form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
-    plan = schedule(settings, form)
+    script = os.path.abspath(__file__)
+    argv = [sys.executable, script, *(["--ini", settings.source.path] if settings.source.path else [])]
+    plan = (by_systemd if form == "systemd" else by_cron)(settings, argv)
     if not request.install:
-        shown = [f"# {path}\n{text}" for path, text in plan.files.items()] or [f"# your crontab\n{plan.line}\n"]
-        return [*shown, "# to put that in place: timer --install"]
-    for table in other_tables(os.path.abspath(__file__), world):
+        return [*(f"# {path}\n{text}" for path, text in plan.texts.items()),
+                f"# to put that in place: timer {form} --install"]
+    for table in other_tables(script, world):
         raise FileError(f"{table} has wucme run already; take that out, then try again")
     make_directory(settings.run.directory)
-    for path, text in plan.files.items():
-        replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
+    for path, text in plan.texts.items():
+        if path != OWN_TABLE:
+            replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
+    for words in plan.then:
+        finished = world.command(words, child_environment(), 60.0)
+        if finished.problem:
+            raise FileError(f"{' '.join(words)}: {with_last_line(finished)}")
     if form == "systemd":
         remove(CRON_FILE)
-    for argv in plan.then:
-        finished = world.command(argv, child_environment(), 60.0)
-        if finished.problem:
-            raise FileError(f"{' '.join(argv)}: {with_last_line(finished)}")
-    return [f"wucme runs every hour by {form}: {' '.join(plan.files) or 'your crontab'}", f"to undo that: {plan.undo}"]
+    return [f"wucme runs every hour by {form}: {' '.join(plan.texts)}", f"to undo that: {plan.undo}"]
 
 
 def open_log(run: RunScope) -> None:
@@ -5643,7 +5645,6 @@ class Finding(NamedTuple):
 class Case(NamedTuple):
     """One certificate to be looked at, in its surroundings."""
     entry: Entry
-    names: tuple[str, ...]
     settings: Settings
     task: Task                          # as an order would have it, but for hooks and updates
     refused: Mapping[Place, str]        # where it cannot be listened, and why
@@ -5652,20 +5653,16 @@ class Case(NamedTuple):
 
 def about_server(settings: Settings, word: str, world: World, issuers: dict[str, Sequence[str]]) -> Iterator[Finding]:
     """Whether a CA can be reached, as what CAA records know it, and whether its clock agrees with ours."""
-    import email.utils
     _, server = find_server(settings, word)
     try:
         with contextlib.closing(reach(settings, world, word)) as client:
             told = client.directory.meta.get("caaIdentities")
             issuers[word] = [str(one).lower() for one in told] if isinstance(told, list) else []
-            date = client.send("GET", client.url).headers.get("Date") or ""
+            date = http_date(client.send("GET", client.url).headers.get("Date") or "")
     except WucmeError as error:
         yield Finding(PROBLEM, word, f"{error}; look at this host's network, proxy, DNS and clock")
         return
-    try:
-        late = email.utils.parsedate_to_datetime(date).timestamp() - world.now()
-    except (TypeError, ValueError):
-        late = 0.0
+    late = date - world.now() if date else 0.0
     if abs(late) > SKEW_SECONDS:
         yield Finding(PROBLEM, word, f"this host's clock is {abs(late):.0f} s {'behind' if late > 0 else 'ahead of'} "
                       "the CA's: set it, or new certificates are refused as not valid now")
@@ -5675,28 +5672,25 @@ def about_server(settings: Settings, word: str, world: World, issuers: dict[str,
         yield Finding(NOTE, word, "no account yet: the first order asks whether you agree to its terms (agree = yes)")
 
 
-def item_fault(item: Item, name: str) -> str:
+def obstacle(item: Item, entry: Entry) -> str:
     """What stands in the way of an item of the load list, or ""."""
-    path = item.argv[0].replace("{name}", name)
-    if item.text[0] == "@" and not os.access(path, os.X_OK):
-        return f"{path} is not there, or cannot be executed"
-    if item.text[0] == "@" and anyone_may_write(path):
-        return f"anyone may write {path}, so root will not run it; chmod o-w {path}"
-    if item.text[0] == ">":
-        try:
-            copy_owner(item.options.get("owner", ""), item.options["mode"])
-        except FileError as error:
-            return str(error)
-        needed = os.path.dirname(path), item.options.get("password_file", "/")
-        return "".join(f"{one} is not there" for one in needed if not os.path.exists(one))
-    return ""
+    if item.text[0] == "@":
+        path = item.argv[0]
+        return anyone_may_write(path) if os.access(path, os.X_OK) else f"{path} is not there, or cannot be executed"
+    if item.text[0] != ">":
+        return ""
+    try:
+        copy_owner(item.options.get("owner", ""), item.options["mode"])
+    except FileError as error:
+        return str(error)
+    needed = os.path.dirname(destination(item, entry)), item.options.get("password_file", "/")
+    return "; ".join(f"{one} is not there" for one in needed if not os.path.exists(one))
 
 
 def about_loads(case: Case) -> Iterator[Finding]:
     """Whether procedures, directories and owners of the load list are there."""
     for text in case.entry.wanted.load:
-        problem = item_fault(parse_item(text), case.entry.name)
-        if problem:
+        if problem := obstacle(parse_item(text), case.entry):
             yield Finding(PROBLEM, case.entry.title, f"load: {text}: {problem}")
     if not case.entry.wanted.load:
         yield Finding(NOTE, case.entry.title, "the load list is empty: no server is told of a new certificate")
@@ -5731,17 +5725,15 @@ def about_ports(case: Case) -> Iterator[Finding]:
             Finding(NOTE, title, "nobody listens on port 80 here: right if another host answers, or passes on to here")
 
 
-def asked_by_port(case: Case) -> list[str]:
-    """The names that the CA connects to."""
-    ported = [kind for kind in case.entry.wanted.challenge if CHALLENGES[kind].port]
-    return [name for name in case.names if any(proves(kind, name) for kind in ported)]
-
-
-def addresses(case: Case, name: str) -> list[str]:
-    """Where the CA would connect to for a name, as this host knows it."""
-    with contextlib.suppress(NetworkError):
-        return [name] if is_address(name) else case.task.world.resolve(name)
-    return []
+def called_at(case: Case, kinds: Iterable[str]) -> dict[str, list[str]]:
+    """The names that the CA connects to for these challenge types, and where to, as this host knows it."""
+    used = [kind for kind in case.entry.wanted.challenge if kind in kinds]
+    found: dict[str, list[str]] = {}
+    for name in (name for name in case.task.names if any(proves(kind, name) for kind in used)):
+        found[name] = [name] if is_address(name) else []
+        with contextlib.suppress(NetworkError):
+            found[name] = found[name] or case.task.world.resolve(name)
+    return found
 
 
 def is_private(address: str) -> bool:
@@ -5752,8 +5744,7 @@ def is_private(address: str) -> bool:
 
 def about_addresses(case: Case) -> Iterator[Finding]:
     """Where the names lead, against the addresses of this host."""
-    for name in asked_by_port(case):
-        found = addresses(case, name)
+    for name, found in called_at(case, [kind for kind, about in CHALLENGES.items() if about.port]).items():
         if not found:
             yield Finding(PROBLEM, name, "the name does not resolve here: give it an A or AAAA record")
         for address in found:
@@ -5779,7 +5770,7 @@ def caa_tags(case: Case, name: str) -> tuple[str, list[tuple[str, str]]]:
 
 def about_caa(case: Case) -> Iterator[Finding]:
     """Whether CAA records allow the CAs."""
-    for name in (name for name in case.names if not is_address(name)):
+    for name in (name for name in case.task.names if not is_address(name)):
         try:
             at, tags = caa_tags(case, name)
         except ChallengeError as error:
@@ -5806,31 +5797,30 @@ def redirect_fault(url: str, address: str, home: str) -> str:
     return "; ".join(text for wrong, text in faults if wrong)
 
 
-def trail(case: Case, url: str, address: str) -> tuple[list[str], str, Response]:
+def trail(world: World, url: str, address: str) -> tuple[list[str], str, Response]:
     """Follow redirects as public CAs do: the way, what they refuse of it (it ends there), and the last answer."""
     import urllib.parse
-    way, fault, home, world = [url], "", address, case.task.world
-    while True:
-        response = world.visit(way[-1], address, VISIT_SECONDS)
-        target = response.headers.get("Location")
-        if not (300 <= response.status < 400 and target) or len(way) > REDIRECTS:
-            return way[1:], fault, response
+    way: list[str] = []
+    home, response = address, world.visit(url, address, VISIT_SECONDS)
+    while 300 <= response.status < 400 and (target := response.headers.get("Location")) and len(way) < REDIRECTS:
         try:
-            way.append(urllib.parse.urljoin(way[-1], target))
-            host = urllib.parse.urlsplit(way[-1]).hostname or ""
+            url = urllib.parse.urljoin(url, target)
+            way.append(url)
+            host = urllib.parse.urlsplit(url).hostname or ""
             address = host if is_address(host) else world.resolve(host)[0]
-            fault = redirect_fault(way[-1], address, home)
+            if fault := redirect_fault(url, address, home):
+                return way, fault, response
+            response = world.visit(url, address, VISIT_SECONDS)
         except (ValueError, NetworkError) as error:
-            fault = f"leads nowhere ({error})"
-        if fault:
-            return way[1:], fault, response
+            return way, f"leads nowhere ({error})", response
+    return way, "", response
 
 
-def about_visit(case: Case, name: str, address: str, proof: Proof) -> Iterator[Finding]:
+def about_visit(name: str, address: str, proof: Proof, world: World) -> Iterator[Finding]:
     """Whether a token that is published now is answered at one address of a name."""
     host = f"[{name}]" if ":" in name else name
     try:
-        way, fault, last = trail(case, f"http://{host}{WELL_KNOWN}{proof.token}", address)
+        way, fault, last = trail(world, f"http://{host}{WELL_KNOWN}{proof.token}", address)
     except NetworkError as error:
         if is_ours(address):
             yield Finding(PROBLEM, name, f"{address}: port 80 gives no answer: {error}; open it, or see who has it")
@@ -5851,24 +5841,23 @@ def about_visit(case: Case, name: str, address: str, proof: Proof) -> Iterator[F
 def about_reach(case: Case) -> Iterator[Finding]:
     """Whether the CA's question would be answered at each address of each name."""
     import secrets
-    wanted = case.entry.wanted
-    names = [name for name in asked_by_port(case) if proves("http-01", name)]
-    if "http-01" not in wanted.challenge or "hook" in ways(wanted, "http-01"):
+    wanted, token, called = case.entry.wanted, secrets.token_urlsafe(24), called_at(case, ["http-01"])
+    if not called or "hook" in ways(wanted, "http-01"):
         return
-    key = account_of(case.settings, wanted.server[0]).key
-    token = secrets.token_urlsafe(24)
     try:
-        text = f"{token}.{thumbprint(parse_key(read(key)))}"
+        key = parse_key(read(account_of(case.settings, wanted.server[0]).key))
+        text = f"{token}.{thumbprint(key)}"
     except WucmeError:
         text = f"{token}.check"
         if "stateless" in ways(wanted, "http-01"):
             yield Finding(NOTE, case.entry.title, "stateless = yes, and no account key yet: see wucme.py thumbprint")
             return
+    proof = Proof("http-01", case.task.names[0], token, text)
     try:
-        with answering(case.task, [Proof("http-01", name, token, text) for name in names[:1]]):
-            for name in names:
-                for address in addresses(case, name):
-                    yield from about_visit(case, name, address, Proof("http-01", name, token, text))
+        with answering(case.task, [proof]):
+            for name, addresses in called.items():
+                for address in addresses:
+                    yield from about_visit(name, address, proof, case.task.world)
     except ChallengeError as error:
         yield Finding(PROBLEM, case.entry.title, str(error))
 
@@ -5895,23 +5884,18 @@ def suspects(settings: Settings, request: Request) -> list[Entry]:
 def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Finding]:
     """Look at all that an order would need, and say what is found."""
     import threading
-    load_items(settings)
+    check_copies(settings, load_items(settings), take_stock(settings))
     make_directory(settings.run.directory)
-    entries = suspects(settings, request)
-    answers, issuers = Answers(settings.run.directory), dict[str, Sequence[str]]()
+    entries, answers = suspects(settings, request), Answers(settings.run.directory)
+    issuers: dict[str, Sequence[str]] = {}
     for word in dict.fromkeys(word for entry in entries for word in entry.wanted.server):
         yield from about_server(settings, word, world, issuers)
-    listeners, refused = open_listeners((place for entry in entries for kind in entry.wanted.challenge
-                                         for place in places(entry.wanted, kind)), answers)
-    try:
+    with listening(entries, answers) as refused:
         for entry in entries:
-            names, plain = wanted_names(entry), entry.wanted._replace(hook=None, nsupdate=None)
-            task = Task(names, plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
+            plain = entry.wanted._replace(hook=None, nsupdate=None)
+            task = Task(wanted_names(entry), plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
             for check in CHECKS:
-                yield from check(Case(entry, names, settings, task, refused, issuers))
-    finally:
-        for listener in listeners:
-            listener.close()
+                yield from check(Case(entry, settings, task, refused, issuers))
 
 
 # === 15. uacme: its command line and its directory =============================================

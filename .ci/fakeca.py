@@ -996,6 +996,7 @@ BEFORE: Mapping[str, tuple[str, Callable[[FakeCA, Request], Reply]]] = {
 AFTER: Mapping[str, tuple[str, Callable[[FakeCA, Request, Any], Any]]] = {
     "no_meta": ("directory", lambda c, r, b: without(b, "meta")),
     "no_renewal_info": ("directory", lambda c, r, b: without(b, "renewalInfo")),
+    "no_terms": ("directory", lambda c, r, b: {**b, "meta": {}}),
     "directory_http_urls": ("directory", lambda c, r, b: swap(b, "https://", "http://")),
     "directory_file_urls": ("directory", lambda c, r, b: swap(b, c.base, "file:///etc")),
     "directory_other_host": ("directory", lambda c, r, b: swap(b, c.base, c.stranger)),
