@@ -3920,6 +3920,7 @@ class TestShape:
         outside = {"subprocess", "socket", "http", "ssl", "socketserver"}
         text = "".join(f"{part.section} {ast.unparse(part.node)}\n" for part in PARTS if part.section not in (0, 2, 8))
         assert re.findall(rf"(?m)^.*\b(?:import|from) (?:{'|'.join(outside)})\b.*$", text) == []
+        assert [(use.section, name) for use in uses() if use.section not in (0, 2, 8) for name in use.code & outside] == []
 
     def test_the_head_says_what_it_needs(self) -> None:
         block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)

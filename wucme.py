@@ -138,9 +138,13 @@ if TYPE_CHECKING:
     import argparse
     import http.client
     import queue
+    import socket
+    import ssl
     import subprocess
+    import tempfile
     import threading
     import urllib.parse
+    import urllib.request
 
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
@@ -149,15 +153,20 @@ if TYPE_CHECKING:
     PrivateKey = Union[ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey]
 else:
     class Later:
-        """A module that is imported when something of it is first used."""
+        """A module that is imported when something of it, or of these parts, is first used."""
 
-        def __init__(self, name: str) -> None:
+        def __init__(self, name: str, *parts: str) -> None:
             self.name = name
+            for part in parts:
+                setattr(self, part, Later(f"{name}.{part}"))
 
         def __getattr__(self, name: str) -> Any:
             import importlib
             return getattr(importlib.import_module(self.name), name)
 
+    queue, socket, ssl, subprocess, tempfile, threading = (
+        Later(name) for name in ("queue", "socket", "ssl", "subprocess", "tempfile", "threading"))
+    http, urllib = Later("http", "client"), Later("urllib", "parse", "request")
     x509 = Later("cryptography.x509")
     hashes, serialization = (Later(f"cryptography.hazmat.primitives.{name}") for name in ("hashes", "serialization"))
     ec, padding, rsa, utils = (Later(f"cryptography.hazmat.primitives.asymmetric.{name}")
@@ -331,7 +340,6 @@ def timed(kind: Any) -> Any:
 
 def tls_context(ca_file: str) -> Any:
     """A verifying TLS context whose sockets give up at their `until`."""
-    import ssl
     try:
         directory = os.path.isdir(ca_file)
         context = ssl.create_default_context(cafile=None if directory else ca_file or None,
@@ -348,7 +356,6 @@ def tls_context(ca_file: str) -> Any:
 
 def dial(until: float, *arguments: Any) -> Any:
     """A plain connection that gives up at `until`."""
-    import socket
     plain = socket.create_connection(*arguments)
     timeout = plain.gettimeout()
     found = timed(socket.socket)(plain.family, plain.type, plain.proto, plain.detach())
@@ -359,8 +366,6 @@ def dial(until: float, *arguments: Any) -> Any:
 
 def network_reason(error: Exception, timeout: float) -> str:
     """Why a host was not reached, with what to do where that is known."""
-    import socket
-    import ssl
     if isinstance(error, ssl.SSLCertVerificationError):
         by_date = error.verify_code in (9, 10)      # not valid yet, expired
         return (f"its certificate is not trusted ({error.verify_message}); " + (
@@ -387,9 +392,6 @@ class Http:
 
     def connect(self, host: str, port: int) -> http.client.HTTPSConnection:
         """A connection object for an origin, direct or by CONNECT."""
-        import http.client
-        import urllib.parse
-        import urllib.request
         proxy, self.through = self.proxy, ""
         if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
             proxy = urllib.request.getproxies().get("https", "")
@@ -413,9 +415,6 @@ class Http:
     def request(self, method: str, url: str, body: bytes | None = None,
                 headers: Mapping[str, str] | None = None) -> Response:
         """One request, `timeout` seconds in total; NetworkError says who was not reached and why."""
-        import http.client
-        import socket
-        import urllib.parse
         at = urllib.parse.urlsplit(url)
         if at.scheme != "https" or not at.hostname:
             raise NetworkError(f"{url}: only https is used")
@@ -493,7 +492,6 @@ class Ending:
 
     def __call__(self, number: int, _: object) -> None:
         """Take a signal, in the main thread."""
-        import threading
         if self.number:             # it is ending already
             return
         self.number = number
@@ -503,7 +501,6 @@ class Ending:
     @contextlib.contextmanager
     def put_off(self) -> Iterator[None]:
         """Let a signal wait for the end of this."""
-        import threading
         me = threading.get_ident()
         self.starting.add(me)
         try:
@@ -537,8 +534,6 @@ def child_environment() -> dict[str, str]:
 
 def start(argv: Sequence[str], given: str, output: int, **how: Any) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, with this to read."""
-    import subprocess
-    import tempfile
     how.update(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     if not given:
         return subprocess.Popen(argv, **how)
@@ -551,8 +546,6 @@ def start(argv: Sequence[str], given: str, output: int, **how: Any) -> subproces
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, given: str = "", cwd: str = "/",
             **how: Any) -> Finished:
     """Run a command to its end; its process group is killed as one on time-out or signal."""
-    import subprocess
-    import threading
     ours, theirs = os.pipe()
     kept = bytearray()
     reader = threading.Thread(target=drain, args=(ours, kept), daemon=True)
@@ -657,7 +650,6 @@ def ask_for_tls(plain: Any, protocol: str) -> None:
 
 def trusting(plain: Any, name: str) -> Any:
     """A connection with TLS begun on it, whatever certificate is shown."""
-    import ssl
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context.wrap_socket(plain, server_hostname=name or None)
@@ -665,7 +657,6 @@ def trusting(plain: Any, name: str) -> Any:
 
 def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
     """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
-    import ssl
     try:
         with contextlib.closing(dial(time.monotonic() + timeout, (host, port), timeout)) as plain:
             ask_for_tls(plain, protocol)
@@ -677,7 +668,6 @@ def served(host: str, port: int, name: str, protocol: str, timeout: float) -> by
 
 def resolve(host: str) -> list[str]:
     """Every address of a name; NetworkError if it has none."""
-    import socket
     try:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, None)))
     except (OSError, ValueError) as error:
@@ -686,8 +676,6 @@ def resolve(host: str) -> list[str]:
 
 def visit(url: str, address: str, timeout: float) -> Response:
     """What stands at a URL, asked at one address, whatever certificate is shown; NetworkError for no answer."""
-    import http.client
-    import urllib.parse
     try:
         at = urllib.parse.urlsplit(url)
         host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
@@ -705,7 +693,6 @@ def visit(url: str, address: str, timeout: float) -> Response:
 
 def is_ours(address: str) -> bool:
     """Whether an address is one of this host's."""
-    import socket
     with contextlib.suppress(OSError), \
             socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.bind((address, 0))
@@ -766,7 +753,6 @@ class Job(NamedTuple):
 def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
          world: World, until: float) -> None:
     """What a worker does: one job after the other, each ending in a value; none is begun after `until`."""
-    import queue
     while True:
         try:
             job = jobs.get_nowait()
@@ -788,8 +774,6 @@ def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("
     """
     if not jobs:
         return
-    import queue
-    import threading
     waiting: queue.Queue[Job] = queue.Queue()
     results: queue.Queue[tuple[Job, Any]] = queue.Queue()
     started: dict[str, float] = {}
