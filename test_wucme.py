@@ -728,10 +728,14 @@ class TestHttp:
         with Loopback(site.talk(plainly)) as server, pytest.raises(wucme.NetworkError, match="not trusted"):
             web().request("GET", f"https://127.0.0.1:{server.port}/")
 
-    @pytest.mark.parametrize("url", ["http://localhost/", "ftp://localhost/", "https:///x", "localhost", "", "https://[::1"])
+    @pytest.mark.parametrize("url", ["http://localhost/", "ftp://localhost/", "https:///x", "localhost", ""])
     def test_only_https_is_used(self, web: Callable[..., wucme.Http], url: str) -> None:
         with pytest.raises(wucme.NetworkError, match="only https is used"):
             web().request("GET", url)
+
+    def test_what_is_no_url_is_said(self, web: Callable[..., wucme.Http]) -> None:
+        with pytest.raises(wucme.NetworkError, match=r"https://\[::1: Invalid IPv6 URL"):
+            web().request("GET", "https://[::1")
 
     def test_nobody_listening_is_said(self, web: Callable[..., wucme.Http]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:

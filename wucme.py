@@ -182,15 +182,6 @@ Json = dict[str, Any]
 
 
 # === 1. errors: what can go wrong, each a sentence for a person ===============================
-# WucmeError
-#   SettingsError   usage or ini: exit 2, before anything is touched
-#   FileError       the directory or a file of it
-#   PemError        a certificate or a key is not what it should be
-#     KeyKindError    a key is one that cannot be used here
-#   ChallengeError  the challenge cannot be answered from here
-#   NetworkError    the CA was not reached, or is out of order
-#     ProtocolError   it did not speak ACME, or of something else
-#   AcmeError       the CA said no
 # Each is raised where it is known and caught twice: once for each certificate, and in main.
 
 class WucmeError(Exception):
@@ -322,11 +313,11 @@ class Response(NamedTuple):
 
 
 def time_left(until: float) -> float:
-    """The seconds to a deadline; TimeoutError when it is over."""
+    """The seconds to a deadline; socket.timeout when it is over."""
     left = until - time.monotonic()
     if left <= 0:
-        raise TimeoutError("deadline")
-    return min(left, 3600.0)
+        raise socket.timeout("deadline")
+    return left
 
 
 def timed(kind: Any) -> Any:
@@ -335,18 +326,33 @@ def timed(kind: Any) -> Any:
         self.settimeout(time_left(self.until))
         return kind.recv_into(self, *args, **more)
 
-    return type("Timed", (kind,), {"until": float("inf"), "recv_into": recv_into})
+    return type("Timed", (kind,), {"recv_into": recv_into})
 
 
-def tls_context(ca_file: str) -> Any:
-    """A verifying TLS context whose sockets give up at their `until`."""
+def dial(until: float, at: tuple[str, int], *_: Any) -> Any:
+    """A plain connection that gives up at `until`; each address of the host has its share of the time."""
+    addresses = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
+    while True:
+        family, kind, protocol, _name, address = addresses.pop(0)
+        plain = timed(socket.socket)(family, kind, protocol)
+        plain.until = until
+        try:
+            plain.settimeout(time_left(until) / (len(addresses) + 1))
+            plain.connect(address)
+            return plain
+        except OSError:
+            plain.close()
+            if not addresses:
+                raise
+
+
+def tls_context(ca_file: str) -> ssl.SSLContext:
+    """A TLS context that trusts the CAs of this host, or those of a file or directory instead."""
+    kind = "capath" if os.path.isdir(ca_file) else "cafile"
     try:
-        directory = os.path.isdir(ca_file)
-        context = ssl.create_default_context(cafile=None if directory else ca_file or None,
-                                             capath=ca_file if directory else None)
+        context = ssl.create_default_context(**{kind: ca_file or None})
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
-    context.sslsocket_class = timed(ssl.SSLSocket)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file and hasattr(ssl, "VERIFY_X509_STRICT"):
         # Python 3.13 asks of every CA what home-made ones rarely have.
@@ -354,14 +360,16 @@ def tls_context(ca_file: str) -> Any:
     return context
 
 
-def dial(until: float, *arguments: Any) -> Any:
-    """A plain connection that gives up at `until`."""
-    plain = socket.create_connection(*arguments)
-    timeout = plain.gettimeout()
-    found = timed(socket.socket)(plain.family, plain.type, plain.proto, plain.detach())
-    found.settimeout(timeout)
-    found.until = until
-    return found
+def begin_tls(plain: Any, name: str, context: ssl.SSLContext | None = None) -> Any:
+    """The connection with TLS begun on it, within its `until`; without a context any certificate will do."""
+    if context is None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.sslsocket_class = timed(ssl.SSLSocket)
+    plain.settimeout(time_left(plain.until))
+    secure: Any = context.wrap_socket(plain, server_hostname=name or None)
+    secure.until = plain.until
+    return secure
 
 
 def network_reason(error: Exception, timeout: float) -> str:
@@ -373,11 +381,35 @@ def network_reason(error: Exception, timeout: float) -> str:
             "for a private CA set ca_file to the certificate that signed it"))
     if isinstance(error, socket.gaierror):
         return f"the name does not resolve ({error.strerror})"
-    if isinstance(error, (TimeoutError, socket.timeout)):
+    if isinstance(error, socket.timeout):
         return f"no whole answer within {timeout:g} s"
     text = sentence(error) if isinstance(error, OSError) else printable(str(error) or type(error).__name__)
     refused = re.match("Tunnel connection failed: 40[17]", text)        # says http.client; tinyproxy has 401 too
     return f"{text}; set proxy = http://USER:PASSWORD@HOST:PORT" if refused else text
+
+
+def proxy_at(url: str) -> tuple[str, int, dict[str, str]]:
+    """Host and port of a proxy, and the header with its password if it has one."""
+    try:
+        by = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+        host, port = by.hostname, by.port or 3128
+    except ValueError:
+        host = None
+    if not host or by.scheme not in ("", "http"):
+        raise NetworkError(f"proxy {url.rpartition('@')[2]}: only http://HOST:PORT can be used")
+    if by.username is None:
+        return host, port, {}
+    import base64
+    user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
+    return host, port, {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
+
+
+def converse(connection: Any, method: str, at: urllib.parse.SplitResult, headers: Mapping[str, str],
+             body: bytes | None = None) -> Any:
+    """Send a request; the answer, with its body still to be read."""
+    connection.request(method, (at.path or "/") + (f"?{at.query}" if at.query else ""), body,
+                       {"User-Agent": USER_AGENT, **headers})
+    return connection.getresponse()
 
 
 class Http:
@@ -388,59 +420,55 @@ class Http:
         self.proxy = proxy
         self.through = ""               # the proxy of the last connection, for messages
         self.context = tls_context(ca_file)
-        self.kept: dict[str, http.client.HTTPSConnection] = {}
+        self.kept: dict[str, Any] = {}
 
-    def connect(self, host: str, port: int) -> http.client.HTTPSConnection:
+    def connect(self, host: str, port: int, until: float) -> Any:
         """A connection object for an origin, direct or by CONNECT."""
         proxy, self.through = self.proxy, ""
         if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
             proxy = urllib.request.getproxies().get("https", "")
         if not proxy or proxy == "none":
-            return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=self.context)
-        by = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        if by.scheme not in ("", "http") or not by.hostname:
-            raise NetworkError(f"proxy {by.hostname or proxy}: only http://HOST:PORT can be used")
-        self.through = f" through the proxy {by.hostname}:{by.port or 3128}"
-        connection = http.client.HTTPSConnection(by.hostname, by.port or 3128, timeout=self.timeout,
-                                                 context=self.context)
-        headers = {}
-        if by.username is not None:
-            import base64
-            user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
-            headers["Proxy-Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
-        cast(Any, connection)._create_connection = functools.partial(dial, time.monotonic() + self.timeout)
-        connection.set_tunnel(host, port, headers)
+            connection: Any = http.client.HTTPSConnection(host, port, context=self.context)
+        else:
+            by, at, headers = proxy_at(proxy)
+            self.through = f" through the proxy {by}:{at}"
+            connection = http.client.HTTPSConnection(by, at, context=self.context)
+            connection.set_tunnel(host, port, headers)
+        connection._create_connection = functools.partial(dial, until)
         return connection
 
     def request(self, method: str, url: str, body: bytes | None = None,
                 headers: Mapping[str, str] | None = None) -> Response:
         """One request, `timeout` seconds in total; NetworkError says who was not reached and why."""
-        at = urllib.parse.urlsplit(url)
+        try:
+            at = urllib.parse.urlsplit(url)
+        except ValueError as error:
+            raise NetworkError(f"{url}: {error}") from error
         if at.scheme != "https" or not at.hostname:
             raise NetworkError(f"{url}: only https is used")
+        until = time.monotonic() + self.timeout
         while True:
             kept = at.netloc in self.kept
             try:
-                return self.attempt(method, at, body, headers or {})
+                return self.attempt(method, at, body, headers or {}, until)
             except (http.client.HTTPException, OSError, ValueError) as error:
                 self.drop(at.netloc)
                 # A kept connection may have been closed meanwhile: once more on a new one.
-                if not kept or isinstance(error, (TimeoutError, socket.timeout)):
+                if not kept or isinstance(error, socket.timeout):
                     raise NetworkError(f"cannot reach {at.netloc}{self.through}: "
                                        f"{network_reason(error, self.timeout)}") from error
 
-    def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None,
-                headers: Mapping[str, str]) -> Response:
+    def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None, headers: Mapping[str, str],
+                until: float) -> Response:
         """Send on the kept connection or a new one, and read the whole answer."""
-        origin = at.netloc
+        origin, host = at.netloc, at.hostname or ""
         connection = self.kept.get(origin)
         if connection is None:
-            connection = self.kept[origin] = self.connect(at.hostname or "", at.port or 443)
-            connection.connect()
-        cast(Any, connection.sock).until = time.monotonic() + self.timeout
-        connection.request(method, (at.path or "/") + (f"?{at.query}" if at.query else ""), body,
-                           {"User-Agent": USER_AGENT, **headers})
-        with contextlib.closing(connection.getresponse()) as response:
+            connection = self.kept[origin] = self.connect(host, at.port or 443, until)
+            http.client.HTTPConnection.connect(connection)      # HTTPSConnection's own knows of no deadline
+            connection.sock = begin_tls(connection.sock, host, self.context)
+        connection.sock.until = until
+        with contextlib.closing(converse(connection, method, at, headers, body)) as response:
             data = response.read(BODY_BYTES + 1)
             whole = response.isclosed()
         if response.will_close or not whole:
@@ -459,8 +487,8 @@ class Http:
 
     def close(self) -> None:
         """Close what is kept."""
-        while self.kept:
-            self.kept.popitem()[1].close()
+        for origin in list(self.kept):
+            self.drop(origin)
 
 
 class Finished(NamedTuple):
@@ -495,7 +523,8 @@ class Ending:
         if self.number:             # it is ending already
             return
         self.number = number
-        if threading.get_ident() not in self.starting:
+        # While none is starting, threading may still be on its way in.
+        if not self.starting or threading.get_ident() not in self.starting:
             raise SystemExit(128 + number)
 
     @contextlib.contextmanager
@@ -519,7 +548,7 @@ class Ending:
                 break
             time.sleep(0.01)
         for group in list(self.groups):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.killpg(group, signal.SIGKILL)
 
 
@@ -532,15 +561,14 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
 
 
-def start(argv: Sequence[str], given: str, output: int, **how: Any) -> subprocess.Popen[bytes]:
+def start(argv: Sequence[str], given: str, **how: Any) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, with this to read."""
-    how.update(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     if not given:
-        return subprocess.Popen(argv, **how)
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, **how)
     with tempfile.TemporaryFile() as text:
         text.write(given.encode("utf-8", "surrogateescape"))
         text.seek(0)
-        return subprocess.Popen(argv, **{**how, "stdin": text})
+        return subprocess.Popen(argv, stdin=text, start_new_session=True, **how)
 
 
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, given: str = "", cwd: str = "/",
@@ -553,7 +581,7 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, give
     try:
         try:
             with ending.put_off():
-                process = start(argv, given, theirs, env=dict(env), cwd=cwd, **how)
+                process = start(argv, given, env=env, cwd=cwd, stdout=theirs, stderr=subprocess.STDOUT, **how)
                 ending.groups.add(process.pid)
         finally:
             os.close(theirs)
@@ -567,9 +595,10 @@ def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, give
     finally:
         if process is not None:
             if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
+                # It may run as another user (sudo), or hang in the kernel.
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                    process.wait(5)
             ending.groups.discard(process.pid)
     reader.join(0.5)            # not longer: a daemon left behind may hold the pipe for ever
     return Finished(problem, bytes(kept).decode("utf-8", "backslashreplace").splitlines())
@@ -640,27 +669,19 @@ def ask_for_tls(plain: Any, protocol: str) -> None:
     with plain.makefile("rb") as answers:
         for said, wanted in STARTTLS[protocol]:
             plain.sendall(said)
-            goes_on = True
-            while goes_on:
+            line = answers.readline(1000)
+            while line[3:4] == b"-" or (line[:2] == b"* " and not line.startswith(wanted)):
                 line = answers.readline(1000)
-                goes_on = line[3:4] == b"-" or (line[:2] == b"* " and not line.startswith(wanted))
             if not line.startswith(wanted):
                 raise NetworkError(f"no STARTTLS: it said {line.decode('utf-8', 'replace').strip() or 'nothing'!r}")
-
-
-def trusting(plain: Any, name: str) -> Any:
-    """A connection with TLS begun on it, whatever certificate is shown."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context.wrap_socket(plain, server_hostname=name or None)
 
 
 def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
     """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
     try:
-        with contextlib.closing(dial(time.monotonic() + timeout, (host, port), timeout)) as plain:
+        with contextlib.closing(dial(time.monotonic() + timeout, (host, port))) as plain:
             ask_for_tls(plain, protocol)
-            with trusting(plain, name) as secure:
+            with begin_tls(plain, name) as secure:
                 return ssl.DER_cert_to_PEM_cert(secure.getpeercert(True) or b"").encode()
     except (OSError, ValueError) as error:
         raise NetworkError(network_reason(error, timeout)) from error
@@ -680,12 +701,10 @@ def visit(url: str, address: str, timeout: float) -> Response:
         at = urllib.parse.urlsplit(url)
         host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
         with contextlib.closing(http.client.HTTPConnection(host, port)) as connection:
-            connection.sock = plain = dial(time.monotonic() + timeout, (address, port), timeout)
+            connection.sock = dial(time.monotonic() + timeout, (address, port))
             if at.scheme == "https":
-                connection.sock = trusting(plain, host)
-            connection.request("GET", (at.path or "/") + (f"?{at.query}" if at.query else ""),
-                               headers={"User-Agent": USER_AGENT, "Connection": "close"})
-            response = connection.getresponse()
+                connection.sock = begin_tls(connection.sock, host)
+            response = converse(connection, "GET", at, {"Connection": "close"})
             return Response(response.status, response.headers, response.read(8192))
     except (http.client.HTTPException, OSError, ValueError) as error:
         raise NetworkError(network_reason(error, timeout)) from error
@@ -717,13 +736,12 @@ def port_holder(port: int) -> str:
 
 def ask(question: str) -> bool:
     """Ask at the terminal; without one the answer is no."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty()):
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr)):
         return False
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
+    log.show(f"{question} [y/N] ")
     answer = sys.stdin.readline()
     if not answer.endswith("\n"):
-        sys.stderr.write("\n")
+        log.show("\n")
     return answer.strip().lower() in ("y", "yes")
 
 
@@ -750,21 +768,14 @@ class Job(NamedTuple):
     limit: float
 
 
-def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
-         world: World, until: float) -> None:
-    """What a worker does: one job after the other, each ending in a value; none is begun after `until`."""
-    while True:
-        try:
-            job = jobs.get_nowait()
-        except queue.Empty:
-            return
-        started[job.name] = world.monotonic()
-        try:
-            if started[job.name] >= until:
-                raise NetworkError("not begun, for this run has taken too long already; the next one does it")
-            results.put((job, job.act()))
-        except BaseException as error:
-            results.put((job, error))
+def outcome(job: Job, late: bool) -> Any:
+    """What a job ends in: its result, or its error."""
+    try:
+        if late:
+            raise NetworkError("not begun, for this run has taken too long already; the next one does it")
+        return job.act()
+    except BaseException as error:
+        return error
 
 
 def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("inf")) -> Iterator[tuple[str, Any]]:
@@ -774,25 +785,35 @@ def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("
     """
     if not jobs:
         return
-    waiting: queue.Queue[Job] = queue.Queue()
-    results: queue.Queue[tuple[Job, Any]] = queue.Queue()
-    started: dict[str, float] = {}
-    for job in jobs:
-        waiting.put(job)
-    for _ in range(min(width, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started, world, until), daemon=True).start()
-    left = {job.name: job for job in jobs}
-    while left:
-        try:
-            job, result = results.get(timeout=1.0)
-        except queue.Empty:
-            now = world.monotonic()
-            late = [name for name, job in left.items() if started.get(name, now) < now - job.limit]
-            if not late:
+    waiting = list(jobs)
+    ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    ends: dict[str, float] = {}     # of what is being done, when it is given up
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):       # none is left
+            while True:
+                job, now = waiting.pop(0), world.monotonic()
+                ends[job.name] = now + job.limit
+                ended.put((job.name, outcome(job, now >= until)))
+
+    for _ in jobs[:width]:
+        threading.Thread(target=work, daemon=True).start()
+    left = len(jobs)
+    try:
+        while left:
+            try:
+                name, result = ended.get(timeout=1.0)
+            except queue.Empty:
+                now = world.monotonic()
+                for name in [name for name, end in list(ends.items()) if end < now]:
+                    ended.put((name, NetworkError("did not end within the deadline; a later run goes on with it")))
+                    threading.Thread(target=work, daemon=True).start()      # in place of the one that hangs
                 continue
-            job, result = left[late[0]], NetworkError("did not end within the deadline; a later run goes on with it")
-        if left.pop(job.name, None):
-            yield job.name, result
+            if ends.pop(name, None) is not None:
+                left -= 1
+                yield name, result
+    finally:
+        waiting.clear()             # nobody waits for the rest
 
 
 def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) -> list[T]:
@@ -800,17 +821,11 @@ def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) ->
     if len(calls) < 2:
         return [call() for call in calls.values()]
     results: dict[str, Any] = {}
-    failed: list[BaseException] = []
-
-    def unless_failed(call: Callable[[], T]) -> T | None:
-        return None if failed else call()
-
-    jobs = [Job(name, functools.partial(unless_failed, call), limit) for name, call in calls.items()]
-    for name, result in gather(jobs, AT_ONCE, world):
-        if isinstance(result, BaseException):
-            failed.append(result)
-            raise result
-        results[name] = result
+    with contextlib.closing(gather([Job(*one, limit) for one in calls.items()], AT_ONCE, world)) as ended:
+        for name, result in ended:
+            if isinstance(result, BaseException):
+                raise result
+            results[name] = result
     return [results[name] for name in calls]
 
 
