@@ -715,7 +715,7 @@ class TestHttp:
             monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", one) for one in at])
             start = time.monotonic()
             with contextlib.nullcontext() if reached else pytest.raises(wucme.NetworkError, match="no whole answer"):
-                web(0.8).request("GET", f"https://localhost:{server.port}/")
+                stack.enter_context(contextlib.closing(web(0.8))).request("GET", f"https://localhost:{server.port}/")
             assert time.monotonic() - start < (0.7 if reached else 1.2)
 
     def test_an_untrusted_certificate_leads_to_ca_file(self, site: Site, web: Callable[..., wucme.Http]) -> None:

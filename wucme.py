@@ -131,7 +131,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
 if TYPE_CHECKING:
@@ -348,9 +348,9 @@ def dial(until: float, at: tuple[str, int], *_: Any) -> Any:
 
 def tls_context(ca_file: str) -> ssl.SSLContext:
     """A TLS context that trusts the CAs of this host, or those of a file or directory instead."""
-    kind = "capath" if os.path.isdir(ca_file) else "cafile"
     try:
-        context = ssl.create_default_context(**{kind: ca_file or None})
+        context = ssl.create_default_context(capath=ca_file) if os.path.isdir(ca_file) else \
+            ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -778,7 +778,8 @@ def outcome(job: Job, late: bool) -> Any:
         return error
 
 
-def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("inf")) -> Iterator[tuple[str, Any]]:
+def gather(jobs: Sequence[Job], width: int, world: World,
+           until: float = float("inf")) -> Generator[tuple[str, Any], None, None]:
     """The jobs as they end, so many at once, each with its result or error; none is waited for without end.
 
     Those that could not be begun before `until`, on the monotonic clock, end with an error.
