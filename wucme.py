@@ -915,13 +915,14 @@ def remove(path: str) -> None:
 
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
     """Make a new file, on the disk when this returns; what was there goes; `strict`: OSError if not its owner's."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    remove(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        if like.uid not in (-1, os.geteuid()) or like.gid not in (-1, os.getegid()):
-            with contextlib.suppress(*() if strict else (PermissionError,)):        # not root: ours then
-                os.fchown(descriptor, like.uid, like.gid)
+        try:
+            os.fchown(descriptor, like.uid, like.gid)
+        except PermissionError:         # not root: ours then
+            if strict:
+                raise
         os.fchmod(descriptor, like.mode)
         write_all(descriptor, data)
         os.fsync(descriptor)
@@ -975,23 +976,20 @@ def keep(path: str, target: str) -> None:
 
 def back_up(path: str, target: str) -> None:
     """Keep the present content of a path under another name: a second link, or (with a key in it) a private copy."""
-    remove(target)
     content = read(path)
     secret = b"PRIVATE KEY" in content
     if not secret and not os.path.islink(path):
         with contextlib.suppress(OSError):
-            os.link(path, target)
+            keep(path, target)
             return
     create(target, content, OURS if secret else owner(path, 0o600))
 
 
 def secure_streams() -> None:
     """Give what was closed a place to go, so that no file of ours takes the number of a standard stream."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         stream.reconfigure(errors="backslashreplace")
@@ -1000,12 +998,18 @@ def secure_streams() -> None:
 
 def lineage(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
     """What decides what is found at a path: itself, whether a link or not, and (False) the directories on the way."""
-    for own in (os.path.abspath(path), os.path.realpath(path)):
-        at, below = own, ""
-        while at != below:
-            with contextlib.suppress(OSError):
-                yield at, os.lstat(at), at == own
-            at, below = os.path.dirname(at), at
+    to_see, seen = [(os.path.abspath(path), True)], set()
+    for at, own in to_see:
+        if at in seen:
+            continue
+        seen.add(at)
+        above = os.path.dirname(at)
+        with contextlib.suppress(OSError):
+            about = os.lstat(at)
+            yield at, about, own
+            if stat.S_ISLNK(about.st_mode):
+                to_see.append((os.path.normpath(os.path.join(os.path.realpath(above), os.readlink(at))), own))
+        to_see.append((above, False))
 
 
 def anyone_may_write(path: str) -> str:
