@@ -418,11 +418,12 @@ class Http:
     def __init__(self, timeout: float, ca_file: str = "", proxy: str = "") -> None:
         self.timeout = timeout
         self.proxy = proxy
+        self.until = 0.0                # the end of the present request, on the monotonic clock
         self.through = ""               # the proxy of the last connection, for messages
         self.context = tls_context(ca_file)
         self.kept: dict[str, Any] = {}
 
-    def connect(self, host: str, port: int, until: float) -> Any:
+    def connect(self, host: str, port: int) -> Any:
         """A connection object for an origin, direct or by CONNECT."""
         proxy, self.through = self.proxy, ""
         if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
@@ -434,7 +435,7 @@ class Http:
             self.through = f" through the proxy {by}:{at}"
             connection = http.client.HTTPSConnection(by, at, context=self.context)
             connection.set_tunnel(host, port, headers)
-        connection._create_connection = functools.partial(dial, until)
+        connection._create_connection = functools.partial(dial, self.until)
         return connection
 
     def request(self, method: str, url: str, body: bytes | None = None,
@@ -446,11 +447,11 @@ class Http:
             raise NetworkError(f"{url}: {error}") from error
         if at.scheme != "https" or not at.hostname:
             raise NetworkError(f"{url}: only https is used")
-        until = time.monotonic() + self.timeout
+        self.until = time.monotonic() + self.timeout
         while True:
             kept = at.netloc in self.kept
             try:
-                return self.attempt(method, at, body, headers or {}, until)
+                return self.attempt(method, at, body, headers or {})
             except (http.client.HTTPException, OSError, ValueError) as error:
                 self.drop(at.netloc)
                 # A kept connection may have been closed meanwhile: once more on a new one.
@@ -458,16 +459,16 @@ class Http:
                     raise NetworkError(f"cannot reach {at.netloc}{self.through}: "
                                        f"{network_reason(error, self.timeout)}") from error
 
-    def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None, headers: Mapping[str, str],
-                until: float) -> Response:
+    def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None,
+                headers: Mapping[str, str]) -> Response:
         """Send on the kept connection or a new one, and read the whole answer."""
         origin, host = at.netloc, at.hostname or ""
         connection = self.kept.get(origin)
         if connection is None:
-            connection = self.kept[origin] = self.connect(host, at.port or 443, until)
+            connection = self.kept[origin] = self.connect(host, at.port or 443)
             http.client.HTTPConnection.connect(connection)      # HTTPSConnection's own knows of no deadline
             connection.sock = begin_tls(connection.sock, host, self.context)
-        connection.sock.until = until
+        connection.sock.until = self.until
         with contextlib.closing(converse(connection, method, at, headers, body)) as response:
             data = response.read(BODY_BYTES + 1)
             whole = response.isclosed()
@@ -475,9 +476,8 @@ class Http:
             self.drop(origin)
         if len(data) > BODY_BYTES:
             raise NetworkError(f"{origin}: an answer of more than {BODY_BYTES >> 20} MiB")
-        promised = response.headers.get("Content-Length")
-        if promised and method != "HEAD" and promised != str(len(data)):
-            raise NetworkError(f"{origin}: an answer of {len(data)} bytes where {printable(promised)} were promised")
+        if missing := response.length or 0:
+            raise NetworkError(f"{origin}: an answer of {len(data)} bytes where {len(data) + missing} were promised")
         return Response(response.status, response.headers, data)
 
     def drop(self, origin: str) -> None:
@@ -503,11 +503,11 @@ def with_last_line(finished: Finished) -> str:
     return STAMP.sub("", ": ".join([finished.problem, *said]))[:500]       # or each failure would be news
 
 
-def drain(descriptor: int, kept: bytearray) -> None:
+def drain(pipe: Any, kept: bytearray) -> None:
     """Read a pipe to its end, so that the writer never waits, and keep only so much."""
-    while data := os.read(descriptor, 1 << 16):
-        kept += data[:OUTPUT_BYTES - len(kept)]
-    os.close(descriptor)
+    with pipe:
+        while data := pipe.read(1 << 16):
+            kept += data[:OUTPUT_BYTES - len(kept)]
 
 
 class Ending:
@@ -543,9 +543,8 @@ class Ending:
 
     def kill(self) -> None:
         """Kill what other threads have running."""
-        for _ in range(50):
-            if not self.starting:
-                break
+        until = time.monotonic() + 0.5
+        while self.starting and time.monotonic() < until:
             time.sleep(0.01)
         for group in list(self.groups):
             with contextlib.suppress(OSError):
@@ -561,37 +560,33 @@ def child_environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
 
 
-def start(argv: Sequence[str], given: str, **how: Any) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, with this to read."""
+def start(argv: Sequence[str], given: str, **how: Any) -> Any:
+    """Start a command in a process group of its own, with this to read, and what it says in a pipe."""
+    how.update(bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     if not given:
-        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True, **how)
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, **how)
     with tempfile.TemporaryFile() as text:
         text.write(given.encode("utf-8", "surrogateescape"))
         text.seek(0)
-        return subprocess.Popen(argv, stdin=text, start_new_session=True, **how)
+        return subprocess.Popen(argv, stdin=text, **how)
 
 
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, given: str = "", cwd: str = "/",
             **how: Any) -> Finished:
     """Run a command to its end; its process group is killed as one on time-out or signal."""
-    ours, theirs = os.pipe()
-    kept = bytearray()
-    reader = threading.Thread(target=drain, args=(ours, kept), daemon=True)
-    process = None
+    process, kept = None, bytearray()
     try:
-        try:
-            with ending.put_off():
-                process = start(argv, given, env=env, cwd=cwd, stdout=theirs, stderr=subprocess.STDOUT, **how)
-                ending.groups.add(process.pid)
-        finally:
-            os.close(theirs)
-            reader.start()
+        with ending.put_off():
+            process = start(argv, given, env=env, cwd=cwd, **how)
+            ending.groups.add(process.pid)
+        reader = threading.Thread(target=drain, args=(process.stdout, kept), daemon=True)
+        reader.start()
         status = process.wait(timeout)
         problem = f"exit status {status}" if status > 0 else f"killed by signal {-status}" if status else ""
     except subprocess.TimeoutExpired:
         problem = f"stopped after {timeout:g} s (load_timeout)"
     except (OSError, ValueError) as error:
-        problem = f"cannot be run: {getattr(error, 'strerror', None) or error}"
+        return Finished(f"cannot be run: {getattr(error, 'strerror', None) or error}", [])
     finally:
         if process is not None:
             if process.poll() is None:
@@ -1106,12 +1101,11 @@ def make_directory(path: str) -> None:
         make_directory(os.path.dirname(path))
     try:
         os.mkdir(path)
+        os.chmod(path, 0o755)
+        sync_directory(path)
     except FileExistsError:
         if not os.path.isdir(path):     # else another worker made it meanwhile
             raise
-        return
-    os.chmod(path, 0o755)
-    sync_directory(path)
 
 
 def take_lock(path: str) -> int | None:
