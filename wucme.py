@@ -413,7 +413,7 @@ def converse(connection: Any, method: str, at: urllib.parse.SplitResult, headers
 
 
 class Http:
-    """HTTPS for one worker: one kept connection to each origin, through the proxy that the rules name."""
+    """HTTPS for one worker: a connection that is kept for the next request, through the proxy that the rules name."""
 
     def __init__(self, timeout: float, ca_file: str = "", proxy: str = "") -> None:
         self.timeout = timeout
@@ -421,7 +421,8 @@ class Http:
         self.until = 0.0                # the end of the present request, on the monotonic clock
         self.through = ""               # the proxy of the last connection, for messages
         self.context = tls_context(ca_file)
-        self.kept: dict[str, Any] = {}
+        self.kept: Any = None
+        self.origin = ""                # host and port that it leads to
 
     def connect(self, host: str, port: int) -> Any:
         """A connection object for an origin, direct or by CONNECT."""
@@ -448,12 +449,14 @@ class Http:
         if at.scheme != "https" or not at.hostname:
             raise NetworkError(f"{url}: only https is used")
         self.until = time.monotonic() + self.timeout
+        if at.netloc != self.origin:
+            self.close()
         while True:
-            kept = at.netloc in self.kept
+            kept, self.origin = self.kept, at.netloc
             try:
                 return self.attempt(method, at, body, headers or {})
             except (http.client.HTTPException, OSError, ValueError) as error:
-                self.drop(at.netloc)
+                self.close()
                 # A kept connection may have been closed meanwhile: once more on a new one.
                 if not kept or isinstance(error, socket.timeout):
                     raise NetworkError(f"cannot reach {at.netloc}{self.through}: "
@@ -462,33 +465,27 @@ class Http:
     def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None,
                 headers: Mapping[str, str]) -> Response:
         """Send on the kept connection or a new one, and read the whole answer."""
-        origin, host = at.netloc, at.hostname or ""
-        connection = self.kept.get(origin)
-        if connection is None:
-            connection = self.kept[origin] = self.connect(host, at.port or 443)
-            http.client.HTTPConnection.connect(connection)      # HTTPSConnection's own knows of no deadline
-            connection.sock = begin_tls(connection.sock, host, self.context)
-        connection.sock.until = self.until
-        with contextlib.closing(converse(connection, method, at, headers, body)) as response:
+        if self.kept is None:
+            self.kept = self.connect(at.hostname or "", at.port or 443)
+            http.client.HTTPConnection.connect(self.kept)       # HTTPSConnection's own knows of no deadline
+            self.kept.sock = begin_tls(self.kept.sock, at.hostname or "", self.context)
+        self.kept.sock.until = self.until
+        with contextlib.closing(converse(self.kept, method, at, headers, body)) as response:
             data = response.read(BODY_BYTES + 1)
             whole = response.isclosed()
         if response.will_close or not whole:
-            self.drop(origin)
+            self.close()
         if len(data) > BODY_BYTES:
-            raise NetworkError(f"{origin}: an answer of more than {BODY_BYTES >> 20} MiB")
+            raise NetworkError(f"{at.netloc}: an answer of more than {BODY_BYTES >> 20} MiB")
         if missing := response.length or 0:
-            raise NetworkError(f"{origin}: an answer of {len(data)} bytes where {len(data) + missing} were promised")
+            raise NetworkError(f"{at.netloc}: an answer of {len(data)} bytes where {len(data) + missing} were promised")
         return Response(response.status, response.headers, data)
-
-    def drop(self, origin: str) -> None:
-        """Forget a connection that cannot be used again."""
-        if origin in self.kept:
-            self.kept.pop(origin).close()
 
     def close(self) -> None:
         """Close what is kept."""
-        for origin in list(self.kept):
-            self.drop(origin)
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None
 
 
 class Finished(NamedTuple):
@@ -855,19 +852,26 @@ def owner(path: str, mode: int) -> Owner:
         return Owner(mode, os.geteuid(), os.getegid())
 
 
+@contextlib.contextmanager
+def opened(path: str, flags: int) -> Iterator[int]:
+    """The descriptor of a file, made private if it is new, while it is needed."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode):
                 raise FileError(f"{path}: not a regular file")
             if about.st_size > cap:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
             return os.read(descriptor, about.st_size or cap)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         uid, us = owner(path, 0).uid, os.geteuid()
         whose = f": it belongs to user {uid}, and this runs as user {us}" if error.errno == errno.EACCES and uid != us \
@@ -886,11 +890,8 @@ def signature(path: str) -> str:
 
 def sync_directory(path: str) -> None:
     """Flush the directory that holds a path, so that a rename in it survives a power cut."""
-    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -911,8 +912,7 @@ def remove(path: str) -> None:
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
     """Make a new file, on the disk when this returns; what was there goes; `strict`: OSError if not its owner's."""
     remove(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as descriptor:
         try:
             os.fchown(descriptor, like.uid, like.gid)
         except PermissionError:         # not root: ours then
@@ -921,8 +921,6 @@ def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> 
         os.fchmod(descriptor, like.mode)
         write_all(descriptor, data)
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rename(source: str, target: str) -> None:
@@ -1037,8 +1035,7 @@ def ours_alone(path: str) -> bool:
 
 def open_append(path: str) -> int:
     """The descriptor of a regular file to add lines to, private if it is new; OSError if it is anything else."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
@@ -1110,7 +1107,7 @@ def make_directory(path: str) -> None:
 
 def take_lock(path: str) -> int | None:
     """The descriptor that holds the lock, or None while another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
