@@ -339,6 +339,13 @@ class TestCommand:
     def test_the_environment_is_the_one_given(self) -> None:
         assert wucme.command(["/usr/bin/env"], {"A": "1", "B": "two\nlines"}, 5).output == ["A=1", "B=two", "lines"]
 
+    @pytest.mark.parametrize("path", ["/bin", "", None])
+    def test_the_path_has_the_programs_of_the_administrator_and_never_the_current_directory(
+            self, monkeypatch: pytest.MonkeyPatch, path: str | None) -> None:
+        monkeypatch.delenv("PATH") if path is None else monkeypatch.setenv("PATH", path)
+        start = path or "/usr/local/bin:/usr/bin:/bin"
+        assert wucme.child_environment()["PATH"] == f"{start}:/usr/local/sbin:/usr/sbin:/sbin"
+
     def test_endless_output_is_bounded_and_never_waits(self) -> None:
         finished = shell("yes", 0.2)
         assert finished.problem == "stopped after 0.2 s (load_timeout)"

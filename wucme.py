@@ -376,9 +376,9 @@ def network_reason(error: Exception, timeout: float) -> str:
     """Why a host was not reached, with what to do where that is known."""
     if isinstance(error, ssl.SSLCertVerificationError):
         by_date = error.verify_code in (9, 10)      # not valid yet, expired
-        return (f"its certificate is not trusted ({error.verify_message}); " + (
-            "is the clock of this host right?" if by_date else
-            "for a private CA set ca_file to the certificate that signed it"))
+        remedy = "is the clock of this host right?" if by_date else \
+            "for a private CA set ca_file to the certificate that signed it"
+        return f"its certificate is not trusted ({error.verify_message}); {remedy}"
     if isinstance(error, socket.gaierror):
         return f"the name does not resolve ({error.strerror})"
     if isinstance(error, socket.timeout):
@@ -549,12 +549,12 @@ class Ending:
 
 
 ending = Ending()
-SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def child_environment() -> dict[str, str]:
     """The caller's environment, with a PATH that cron's lacks."""
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
+    path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
+    return {**os.environ, "PATH": f"{path}:/usr/local/sbin:/usr/sbin:/sbin"}
 
 
 def start(argv: Sequence[str], given: str, **how: Any) -> Any:
