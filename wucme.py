@@ -1608,7 +1608,6 @@ def a_url(text: str) -> str:
     """An https URL, or none."""
     if not text:
         return text
-    import urllib.parse
     at = urllib.parse.urlsplit(text)
     if at.scheme != "https" or not at.hostname or at.port == 0:
         raise ValueError("must be an https:// URL")
@@ -2486,7 +2485,6 @@ class Guests:
     """The open connections of a listener: so many, each for so long; the oldest makes room."""
 
     def __init__(self) -> None:
-        import threading
         self.open: dict[Any, float] = {}
         self.guard = threading.Lock()
 
@@ -2535,9 +2533,7 @@ class Capped:
 def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not one long function
     """The server that listens for one challenge type, made on the days when it is needed."""
     import http.server
-    import socket
     import socketserver
-    import ssl
 
     class Page(http.server.BaseHTTPRequestHandler):
         timeout = 5                     # between two packets; Guests have a total
@@ -2631,8 +2627,6 @@ class Listener:
     """The listeners of one place, answering until closed."""
 
     def __init__(self, place: Place, answers: Answers) -> None:
-        import socket
-        import threading
         server, host = listener_class(place.kind), place.host
         self.servers: list[Any] = []
         self.serving = False
@@ -2810,7 +2804,6 @@ def undo_file(_: Task, row: Published, __: str) -> str:
 def by_greeting(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have the listener answer tls-alpn-01 (RFC 8737; for addresses RFC 8738 section 6)."""
     import ipaddress
-    import ssl
     answers, world = task.answers, task.world
     for one in sorted(proofs, key=lambda proof: proof.name):
         name = ipaddress.ip_address(one.name).reverse_pointer if is_address(one.name) else one.name
@@ -3320,7 +3313,6 @@ class Client:
 
     def __init__(self, url: str, world: World, connect: Callable[[], Http]) -> None:
         import collections
-        import threading
         self.url = url
         self.world = world
         self.connect = connect
@@ -3383,7 +3375,6 @@ class Client:
 
     def own_url(self, value: object, what: str) -> str:
         """A URL that the CA gave, if it is https and of the CA's host."""
-        import urllib.parse
         try:
             at, own = urllib.parse.urlsplit(str(value)), urllib.parse.urlsplit(self.url)
             if isinstance(value, str) and value.isascii() and (at.scheme, at.netloc) == ("https", own.netloc):
@@ -4742,7 +4733,6 @@ class Clients:
     """The CAs that a run needs, each reached once and entered once; what fails, fails all who need it."""
 
     def __init__(self, settings: Settings, world: World) -> None:
-        import threading
         self.settings, self.world = settings, world
         self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
         self.reached: dict[str, Client | Exception] = {}
@@ -4786,7 +4776,6 @@ class Clients:
 
 def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answers: Answers, run: RunScope) -> Obtained:
     """Obtain one certificate from the first of its CAs that can be reached."""
-    import threading
     monotonic, words = clients.world.monotonic, preference(entry, clients.settings)
     until = monotonic() + run.deadline
     task = Task(wanted_names(entry), entry.wanted, kinds, until, answers, clients.world, threading.Event(), entry.name)
@@ -5121,7 +5110,6 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
 
 def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
     """Finish or undo what a run that was stopped left behind."""
-    import threading
     directory = settings.run.directory
     for path in sweep(directory):
         log(f"removed {path}, left by a run that was stopped")
@@ -5715,7 +5703,6 @@ def about_caa(case: Case) -> Iterator[Finding]:
 
 def redirect_fault(url: str, address: str, home: str) -> str:
     """Why a public CA does not follow a redirect, or ""; home is the address that it came from."""
-    import urllib.parse
     at = urllib.parse.urlsplit(url)
     host, port = at.hostname or "", at.port or {"http": 80, "https": 443}.get(at.scheme, 0)
     faults = ((at.scheme not in ("http", "https"), f"{at.scheme} is not http or https"),
@@ -5728,7 +5715,6 @@ def redirect_fault(url: str, address: str, home: str) -> str:
 
 def trail(case: Case, url: str, address: str) -> tuple[list[str], str, Response]:
     """Follow redirects as public CAs do: the way, what they refuse of it (it ends there), and the last answer."""
-    import urllib.parse
     way, fault, home, world = [url], "", address, case.task.world
     while True:
         response = world.visit(way[-1], address, VISIT_SECONDS)
@@ -5814,7 +5800,6 @@ def suspects(settings: Settings, request: Request) -> list[Entry]:
 
 def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Finding]:
     """Look at all that an order would need, and say what is found."""
-    import threading
     load_items(settings)
     make_directory(settings.run.directory)
     entries = suspects(settings, request)
@@ -6171,7 +6156,6 @@ def prove_in_turn(client: Client, order: Order, task: Task) -> None:
 
 def uacme_obtain(entry: Entry, opened: Opened, run: RunScope, world: World) -> None:
     """Obtain a certificate and make it live, in uacme's order of things."""
-    import threading
     client, top = opened.client, os.path.dirname(os.path.dirname(opened.account.key))
     task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(top or "."), world,
                 threading.Event())
