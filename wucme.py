@@ -980,9 +980,11 @@ def back_up(path: str, target: str) -> None:
 
 def secure_streams() -> None:
     """Give what was closed a place to go, so that no file of ours takes the number of a standard stream."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(number)
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         stream.reconfigure(errors="backslashreplace")
