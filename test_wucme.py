@@ -342,6 +342,13 @@ class TestCommand:
     def test_the_environment_is_the_one_given(self) -> None:
         assert wucme.command(["/usr/bin/env"], {"A": "1", "B": "two\nlines"}, 5).output == ["A=1", "B=two", "lines"]
 
+    @pytest.mark.parametrize("path", ["/bin", "", None])
+    def test_the_path_has_the_programs_of_the_administrator_and_never_the_current_directory(
+            self, monkeypatch: pytest.MonkeyPatch, path: str | None) -> None:
+        monkeypatch.delenv("PATH") if path is None else monkeypatch.setenv("PATH", path)
+        start = path or "/usr/local/bin:/usr/bin:/bin"
+        assert wucme.child_environment()["PATH"] == f"{start}:/usr/local/sbin:/usr/sbin:/sbin"
+
     def test_endless_output_is_bounded_and_never_waits(self) -> None:
         finished = shell("yes", 0.2)
         assert finished.problem == "stopped after 0.2 s (load_timeout)"
@@ -440,11 +447,60 @@ class TestCommand:
         wait_until(lambda: not alive(int((tmp_path / "pid").read_text())), 2)
         assert not wucme.ending.groups
 
+    @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")
+    def test_what_may_not_be_killed_is_let_go(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: int) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        with monkeypatch.context() as patch:        # as a command that became root by sudo
+            patch.setattr(os, "killpg", refuse)
+            finished = shell(f"echo $$ > {tmp_path}/pid; exec sleep 60", 0.2)
+            patch.setattr(wucme.ending, "groups", {int((tmp_path / "pid").read_text())})
+            wucme.ending.kill()
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        assert finished.problem == "stopped after 0.2 s (load_timeout)"
+        gc.collect()
+
+    def test_a_signal_that_comes_while_threads_are_being_imported_ends_the_program_too(
+            self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "threading", type(sys)("threading"))
+        with pytest.raises(SystemExit):
+            wucme.Ending()(signal.SIGTERM, None)
+
     def test_no_descriptor_is_left_open(self, tmp_path: Path) -> None:
         before = set(os.listdir("/proc/self/fd"))
         shell("echo said")
         wucme.command([str(tmp_path / "none")], {}, 5)
         assert set(os.listdir("/proc/self/fd")) == before
+
+
+class TestJobs:
+    def test_each_ends_in_its_result_or_its_error(self) -> None:
+        jobs = [wucme.Job(str(n), functools.partial(lambda n: 1 // n, n), 9) for n in range(4)]
+        found = dict(wucme.gather(jobs, 2, wucme.REAL))
+        assert isinstance(found.pop("0"), ZeroDivisionError)
+        assert found == {"1": 1, "2": 0, "3": 0}
+        assert list(wucme.gather([], 2, wucme.REAL)) == []
+
+    def test_one_that_hangs_holds_back_no_other(self) -> None:
+        hang = threading.Event()
+        jobs = [wucme.Job("hangs", hang.wait, 0.1), wucme.Job("waits", lambda: "done", 0.1)]
+        found = wucme.gather(jobs, 1, wucme.REAL)
+        assert "did not end" in str(next(found)[1])
+        threading.Timer(5, hang.set).start()
+        assert next(found) == ("waits", "done")
+        hang.set()
+
+    def test_none_is_begun_too_late(self) -> None:
+        (_, result), = wucme.gather([wucme.Job("a", lambda: 1, 9)], 1, wucme.REAL, time.monotonic())
+        assert "not begun" in str(result)
+
+    def test_several_are_called_at_once_and_the_first_error_ends_it(self) -> None:
+        both, done = threading.Barrier(2, timeout=5), []
+        assert wucme.at_once({"a": both.wait, "b": both.wait}, 9, wucme.REAL) in ([0, 1], [1, 0])
+        with pytest.raises(ZeroDivisionError):
+            wucme.at_once({str(n): lambda: done.append(1 // 0) for n in range(99)}, 9, wucme.REAL)
+        assert not done
 
 
 class TestProcesses:
@@ -647,6 +703,31 @@ class TestHttp:
                 client.request("GET", f"https://localhost:{server.port}/")
             assert 0.15 < time.monotonic() - start < 0.8
 
+    def test_the_time_limit_is_for_the_whole_request(self, site: Site, web: Callable[..., wucme.Http]) -> None:
+        def talk(peer: socket.socket) -> None:
+            time.sleep(0.2)
+            site.talk(lambda _: (time.sleep(0.2) or one for one in [answer()]))(peer)   # type: ignore[func-returns-value]
+
+        with Loopback(talk) as server, pytest.raises(wucme.NetworkError, match=r"no whole answer within 0\.3 s"):
+            web(0.3).request("GET", f"https://localhost:{server.port}/")
+
+    @pytest.mark.parametrize("reached", [True, False])
+    def test_it_is_shared_by_the_addresses_of_a_host(self, site: Site, web: Callable[..., wucme.Http], reached: bool,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(Loopback(site.talk(plainly)))
+            silent = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            for _ in range(2):      # its queue is full: who comes next gets no answer
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(silent.getsockname())
+            at = [silent.getsockname(), ("127.0.0.1", server.port) if reached else silent.getsockname()]
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", one) for one in at])
+            start = time.monotonic()
+            with contextlib.nullcontext() if reached else pytest.raises(wucme.NetworkError, match="no whole answer"):
+                stack.enter_context(contextlib.closing(web(0.8))).request("GET", f"https://localhost:{server.port}/")
+            assert time.monotonic() - start < (0.7 if reached else 1.2)
+
     def test_an_untrusted_certificate_leads_to_ca_file(self, site: Site, web: Callable[..., wucme.Http]) -> None:
         with Loopback(site.talk(plainly)) as server, pytest.raises(wucme.NetworkError) as caught:
             web(ca_file="").request("GET", f"https://localhost:{server.port}/")
@@ -661,6 +742,10 @@ class TestHttp:
     def test_only_https_is_used(self, web: Callable[..., wucme.Http], url: str) -> None:
         with pytest.raises(wucme.NetworkError, match="only https is used"):
             web().request("GET", url)
+
+    def test_what_is_no_url_is_said(self, web: Callable[..., wucme.Http]) -> None:
+        with pytest.raises(wucme.NetworkError, match=r"https://\[::1: Invalid IPv6 URL"):
+            web().request("GET", "https://[::1")
 
     def test_nobody_listening_is_said(self, web: Callable[..., wucme.Http]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -721,6 +806,13 @@ class TestServed:
         with Loopback(talk) as server, pytest.raises(wucme.NetworkError, match="no whole answer within"):
             wucme.served("127.0.0.1", server.port, "a", "smtp", 0.3)
         assert time.monotonic() - start < 3
+
+    def test_a_page_ends_in_time_however_slowly_it_drips_in(self, site: Site) -> None:
+        start = time.monotonic()
+        with Loopback(site.talk(lambda _: drip(answer(b"x" * 90)))) as server, \
+                pytest.raises(wucme.NetworkError, match="no whole answer within"):
+            wucme.visit(f"https://localhost:{server.port}/", "127.0.0.1", 0.3)
+        assert time.monotonic() - start < 1
 
     def test_nobody_and_nonsense_are_said(self) -> None:
         port = testbed.free_ports(1)[0]
@@ -806,7 +898,8 @@ class TestProxy:
         del caught
         gc.collect()
 
-    @pytest.mark.parametrize("proxy", ["https://ann:secret@p.test:3128", "socks5://ann:secret@p.test:1080"])
+    @pytest.mark.parametrize("proxy", ["https://ann:secret@p.test:3128", "socks5://ann:secret@p.test:1080",
+                                       "http://ann:secret@:3128", "http://ann:secret/@p.test:3128"])
     def test_another_kind_of_proxy_is_refused_without_its_password(self, web: Callable[..., wucme.Http],
                                                                    proxy: str) -> None:
         with pytest.raises(wucme.NetworkError, match="only http://HOST:PORT can be used") as caught:
@@ -1014,6 +1107,13 @@ class TestFiles:
             wucme.deploy(str(tmp_path / "x"), b"new", wucme.Owner(0o640, os.geteuid(), 7))
         assert os.listdir(tmp_path) == []
 
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_a_copy_has_the_group_asked_for_in_a_directory_that_hands_on_its_own(self, tmp_path: Path) -> None:
+        os.chown(tmp_path, 0, 12345)
+        tmp_path.chmod(0o2755)
+        wucme.deploy(str(tmp_path / "x"), b"new", wucme.Owner(0o640, os.geteuid(), os.getegid()))
+        assert (tmp_path / "x").stat().st_gid == os.getegid()
+
     def test_remove_and_link(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"x")
         (tmp_path / "by").write_bytes(b"stale")
@@ -1076,6 +1176,19 @@ class TestFiles:
         for way in (tmp_path / "open", tmp_path / "link"):
             assert bool(wucme.anyone_may_write(str(way / "below" / "file"))) is not fine
         assert bool(wucme.anyone_may_write(str(tmp_path / "open"))) is (bits != 0o755), "sticky or not"
+
+    def test_every_link_on_the_way_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        for name in ("open", "real"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "real" / "file").touch()
+        (tmp_path / "first").symlink_to("open/second")
+        (tmp_path / "open" / "second").symlink_to("../real")
+        (tmp_path / "loop").symlink_to("loop")
+        path = str(tmp_path / "first" / "file")
+        assert wucme.anyone_may_write(path) == wucme.anyone_may_write(str(tmp_path / "loop")) == ""
+        (tmp_path / "open").chmod(0o777)
+        assert f"anyone may write {tmp_path}/open," in wucme.anyone_may_write(path)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
     @pytest.mark.parametrize(("which", "bits", "user", "said"), [
@@ -4148,8 +4261,7 @@ class TestShape:
         outside = {"subprocess", "socket", "http", "ssl", "socketserver"}
         text = "".join(f"{part.section} {ast.unparse(part.node)}\n" for part in PARTS if part.section not in (0, 2, 8))
         assert re.findall(rf"(?m)^.*\b(?:import|from) (?:{'|'.join(outside)})\b.*$", text) == []
-        assert [(use.section, name) for use in uses() if use.section not in (0, 2, 8)
-                for name in use.code & outside] == []
+        assert [use for use in uses() if use.section not in (0, 2, 8) and use.code & outside] == []
 
     def test_the_head_says_what_it_needs(self) -> None:
         block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)

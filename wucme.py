@@ -131,7 +131,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union, cast
 
 if TYPE_CHECKING:
@@ -182,15 +182,6 @@ Json = dict[str, Any]
 
 
 # === 1. errors: what can go wrong, each a sentence for a person ===============================
-# WucmeError
-#   SettingsError   usage or ini: exit 2, before anything is touched
-#   FileError       the directory or a file of it
-#   PemError        a certificate or a key is not what it should be
-#     KeyKindError    a key is one that cannot be used here
-#   ChallengeError  the challenge cannot be answered from here
-#   NetworkError    the CA was not reached, or is out of order
-#     ProtocolError   it did not speak ACME, or of something else
-#   AcmeError       the CA said no
 # Each is raised where it is known and caught twice: once for each certificate, and in main.
 
 class WucmeError(Exception):
@@ -323,11 +314,11 @@ class Response(NamedTuple):
 
 
 def time_left(until: float) -> float:
-    """The seconds to a deadline; TimeoutError when it is over."""
+    """The seconds to a deadline; socket.timeout when it is over."""
     left = until - time.monotonic()
     if left <= 0:
-        raise TimeoutError("deadline")
-    return min(left, 3600.0)
+        raise socket.timeout("deadline")
+    return left
 
 
 @contextlib.contextmanager
@@ -365,19 +356,34 @@ def timed(kind: Any) -> Any:
         self.settimeout(time_left(self.until))
         return kind.recv_into(self, *args, **more)
 
-    return type("Timed", (kind,), {"until": float("inf"), "recv_into": recv_into})
+    return type("Timed", (kind,), {"recv_into": recv_into})
+
+
+def dial(until: float, at: tuple[str, int], *_: Any) -> Any:
+    """A plain connection that gives up at `until`; each address of the host has its share of the time."""
+    addresses = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
+    while True:
+        family, kind, protocol, _name, address = addresses.pop(0)
+        plain = timed(socket.socket)(family, kind, protocol)
+        plain.until = until
+        try:
+            plain.settimeout(time_left(until) / (len(addresses) + 1))
+            plain.connect(address)
+            return plain
+        except OSError:
+            plain.close()
+            if not addresses:
+                raise
 
 
 @functools.cache
-def tls_context(ca_file: str) -> Any:
-    """A verifying TLS context whose sockets give up at their `until`."""
+def tls_context(ca_file: str) -> ssl.SSLContext:
+    """A TLS context that trusts the CAs of this host, or those of a file or directory instead."""
     try:
-        directory = os.path.isdir(ca_file)
-        context = ssl.create_default_context(cafile=None if directory else ca_file or None,
-                                             capath=ca_file if directory else None)
+        context = ssl.create_default_context(capath=ca_file) if os.path.isdir(ca_file) else \
+            ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:
         raise NetworkError(f"ca_file {ca_file}: no PEM file with certificates ({error.strerror})") from error
-    context.sslsocket_class = timed(ssl.SSLSocket)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if ca_file and hasattr(ssl, "VERIFY_X509_STRICT"):
         # Python 3.13 asks of every CA what home-made ones rarely have.
@@ -385,66 +391,84 @@ def tls_context(ca_file: str) -> Any:
     return context
 
 
-def dial(until: float, *arguments: Any) -> Any:
-    """A plain connection that gives up at `until`."""
-    plain = socket.create_connection(*arguments)
-    timeout = plain.gettimeout()
-    found = timed(socket.socket)(plain.family, plain.type, plain.proto, plain.detach())
-    found.settimeout(timeout)
-    found.until = until
-    return found
+def begin_tls(plain: Any, name: str, context: ssl.SSLContext | None = None) -> Any:
+    """The connection with TLS begun on it, within its `until`; without a context any certificate will do."""
+    if context is None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.sslsocket_class = timed(ssl.SSLSocket)
+    plain.settimeout(time_left(plain.until))
+    secure: Any = context.wrap_socket(plain, server_hostname=name or None)
+    secure.until = plain.until
+    return secure
 
 
 def network_reason(error: Exception, timeout: float) -> str:
     """Why a host was not reached, with what to do where that is known."""
     if isinstance(error, ssl.SSLCertVerificationError):
         by_date = error.verify_code in (9, 10)      # not valid yet, expired
-        return (f"its certificate is not trusted ({error.verify_message}); " + (
-            "is the clock of this host right?" if by_date else
-            "for a private CA set ca_file to the certificate that signed it"))
+        remedy = "is the clock of this host right?" if by_date else \
+            "for a private CA set ca_file to the certificate that signed it"
+        return f"its certificate is not trusted ({error.verify_message}); {remedy}"
     if isinstance(error, socket.gaierror):
         return f"the name does not resolve ({error.strerror})"
-    if isinstance(error, (TimeoutError, socket.timeout)):
+    if isinstance(error, socket.timeout):
         return f"no whole answer within {timeout:g} s"
     text = sentence(error) if isinstance(error, OSError) else printable(str(error) or type(error).__name__)
     refused = re.match("Tunnel connection failed: 40[17]", text)        # says http.client; tinyproxy has 401 too
     return f"{text}; set proxy = http://USER:PASSWORD@HOST:PORT" if refused else text
 
 
+def proxy_at(url: str) -> tuple[str, int, dict[str, str]]:
+    """Host and port of a proxy, and the header with its password if it has one."""
+    try:
+        by = urllib.parse.urlsplit(url if "//" in url else f"//{url}")
+        host, port = by.hostname, by.port or 3128
+    except ValueError:
+        host = None
+    if not host or by.scheme not in ("", "http"):
+        raise NetworkError(f"proxy {url.rpartition('@')[2]}: only http://HOST:PORT can be used")
+    if by.username is None:
+        return host, port, {}
+    import base64
+    user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
+    return host, port, {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}
+
+
+def converse(connection: Any, method: str, at: urllib.parse.SplitResult, headers: Mapping[str, str],
+             body: bytes | None = None) -> Any:
+    """Send a request; the answer, with its body still to be read."""
+    connection.request(method, (at.path or "/") + (f"?{at.query}" if at.query else ""), body,
+                       {"User-Agent": USER_AGENT, **headers})
+    return connection.getresponse()
+
+
 class Http:
-    """HTTPS for one worker: one kept connection to each origin, through the proxy that the rules name."""
+    """HTTPS for one worker: a connection that is kept for the next request, through the proxy that the rules name."""
 
     def __init__(self, timeout: float, ca_file: str = "", proxy: str = "") -> None:
         self.timeout = timeout
         self.proxy = proxy
+        self.until = 0.0                # the end of the present request, on the monotonic clock
         self.through = ""               # the proxy of the last connection, for messages
         self.ca_file = ca_file
         if ca_file:                     # what is wrong with it is said first
             tls_context(ca_file)
-        self.kept: dict[str, http.client.HTTPSConnection] = {}
+        self.kept: Any = None
+        self.origin = ""                # host and port that it leads to
 
-    def connect(self, host: str, port: int) -> http.client.HTTPSConnection:
-        """A connection to an origin, direct or by a proxy, before anything is said on it."""
-        proxy, peer, self.through = self.proxy, (host, port), ""
+    def connect(self, host: str, port: int) -> Any:
+        """A connection to an origin, direct or by CONNECT, on which nothing was said yet."""
+        proxy = self.proxy
         if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
             proxy = urllib.request.getproxies().get("https", "")
-        headers: dict[str, str] | None = None
-        if proxy and proxy != "none":
-            by = urllib.parse.urlsplit(proxy if "//" in proxy else f"//{proxy}")
-            if by.scheme not in ("", "http") or not by.hostname:
-                raise NetworkError(f"proxy {by.hostname or proxy}: only http://HOST:PORT can be used")
-            peer, headers = (by.hostname, by.port or 3128), {}
-            self.through = f" through the proxy {by.hostname}:{by.port or 3128}"
-            if by.username is not None:
-                import base64
-                user = ":".join(urllib.parse.unquote(part or "") for part in (by.username, by.password))
-                headers["Proxy-Authorization"] = "Basic " + base64.b64encode(user.encode()).decode()
+        by, at, headers = proxy_at(proxy) if proxy and proxy != "none" else (host, port, None)
+        self.through = "" if headers is None else f" through the proxy {by}:{at}"
         # To load the trust store takes as long as a round trip.
-        with beside(lambda: http.client.HTTPSConnection(*peer, timeout=self.timeout,
-                                                        context=tls_context(self.ca_file))) as made:
-            plain = dial(time.monotonic() + self.timeout, peer, self.timeout)
-        connection = made()
-        cast(Any, connection)._create_connection = lambda *_: plain
+        with beside(lambda: http.client.HTTPSConnection(by, at, context=tls_context(self.ca_file))) as made:
+            plain = dial(self.until, (by, at))
+        connection: Any = made()
+        connection._create_connection = lambda *_: plain
         if headers is not None:
             connection.set_tunnel(host, port, headers)
         return connection
@@ -452,52 +476,50 @@ class Http:
     def request(self, method: str, url: str, body: bytes | None = None,
                 headers: Mapping[str, str] | None = None) -> Response:
         """One request, `timeout` seconds in total; NetworkError says who was not reached and why."""
-        at = urllib.parse.urlsplit(url)
+        try:
+            at = urllib.parse.urlsplit(url)
+        except ValueError as error:
+            raise NetworkError(f"{url}: {error}") from error
         if at.scheme != "https" or not at.hostname:
             raise NetworkError(f"{url}: only https is used")
+        self.until = time.monotonic() + self.timeout
+        if at.netloc != self.origin:
+            self.close()
         while True:
-            kept = at.netloc in self.kept
+            kept, self.origin = self.kept, at.netloc
             try:
                 return self.attempt(method, at, body, headers or {})
             except (http.client.HTTPException, OSError, ValueError) as error:
-                self.drop(at.netloc)
+                self.close()
                 # A kept connection may have been closed meanwhile: once more on a new one.
-                if not kept or isinstance(error, (TimeoutError, socket.timeout)):
+                if not kept or isinstance(error, socket.timeout):
                     raise NetworkError(f"cannot reach {at.netloc}{self.through}: "
                                        f"{network_reason(error, self.timeout)}") from error
 
     def attempt(self, method: str, at: urllib.parse.SplitResult, body: bytes | None,
                 headers: Mapping[str, str]) -> Response:
         """Send on the kept connection or a new one, and read the whole answer."""
-        origin = at.netloc
-        connection = self.kept.get(origin)
-        if connection is None:
-            connection = self.kept[origin] = self.connect(at.hostname or "", at.port or 443)
-            connection.connect()
-        cast(Any, connection.sock).until = time.monotonic() + self.timeout
-        connection.request(method, (at.path or "/") + (f"?{at.query}" if at.query else ""), body,
-                           {"User-Agent": USER_AGENT, **headers})
-        with contextlib.closing(connection.getresponse()) as response:
+        if self.kept is None:
+            self.kept = self.connect(at.hostname or "", at.port or 443)
+            http.client.HTTPConnection.connect(self.kept)       # HTTPSConnection's own knows of no deadline
+            self.kept.sock = begin_tls(self.kept.sock, at.hostname or "", tls_context(self.ca_file))
+        self.kept.sock.until = self.until
+        with contextlib.closing(converse(self.kept, method, at, headers, body)) as response:
             data = response.read(BODY_BYTES + 1)
             whole = response.isclosed()
         if response.will_close or not whole:
-            self.drop(origin)
+            self.close()
         if len(data) > BODY_BYTES:
-            raise NetworkError(f"{origin}: an answer of more than {BODY_BYTES >> 20} MiB")
-        promised = response.headers.get("Content-Length")
-        if promised and method != "HEAD" and promised != str(len(data)):
-            raise NetworkError(f"{origin}: an answer of {len(data)} bytes where {printable(promised)} were promised")
+            raise NetworkError(f"{at.netloc}: an answer of more than {BODY_BYTES >> 20} MiB")
+        if missing := response.length or 0:
+            raise NetworkError(f"{at.netloc}: an answer of {len(data)} bytes where {len(data) + missing} were promised")
         return Response(response.status, response.headers, data)
-
-    def drop(self, origin: str) -> None:
-        """Forget a connection that cannot be used again."""
-        if origin in self.kept:
-            self.kept.pop(origin).close()
 
     def close(self) -> None:
         """Close what is kept."""
-        while self.kept:
-            self.kept.popitem()[1].close()
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None
 
 
 class Finished(NamedTuple):
@@ -512,11 +534,11 @@ def with_last_line(finished: Finished) -> str:
     return STAMP.sub("", ": ".join([finished.problem, *said]))[:500]       # or each failure would be news
 
 
-def drain(descriptor: int, kept: bytearray) -> None:
+def drain(pipe: Any, kept: bytearray) -> None:
     """Read a pipe to its end, so that the writer never waits, and keep only so much."""
-    while data := os.read(descriptor, 1 << 16):
-        kept += data[:OUTPUT_BYTES - len(kept)]
-    os.close(descriptor)
+    with pipe:
+        while data := pipe.read(1 << 16):
+            kept += data[:OUTPUT_BYTES - len(kept)]
 
 
 class Ending:
@@ -532,7 +554,8 @@ class Ending:
         if self.number:             # it is ending already
             return
         self.number = number
-        if threading.get_ident() not in self.starting:
+        # While none is starting, threading may still be on its way in.
+        if not self.starting or threading.get_ident() not in self.starting:
             raise SystemExit(128 + number)
 
     @contextlib.contextmanager
@@ -551,62 +574,57 @@ class Ending:
 
     def kill(self) -> None:
         """Kill what other threads have running."""
-        for _ in range(50):
-            if not self.starting:
-                break
+        until = time.monotonic() + 0.5
+        while self.starting and time.monotonic() < until:
             time.sleep(0.01)
         for group in list(self.groups):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.killpg(group, signal.SIGKILL)
 
 
 ending = Ending()
-SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def child_environment() -> dict[str, str]:
     """The caller's environment, with a PATH that cron's lacks."""
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', '/usr/local/bin:/usr/bin:/bin')}:{SBIN}"}
+    path = os.environ.get("PATH") or "/usr/local/bin:/usr/bin:/bin"
+    return {**os.environ, "PATH": f"{path}:/usr/local/sbin:/usr/sbin:/sbin"}
 
 
-def start(argv: Sequence[str], given: str, output: int, **how: Any) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, with this to read."""
-    how.update(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+def start(argv: Sequence[str], given: str, **how: Any) -> Any:
+    """Start a command in a process group of its own, with this to read, and what it says in a pipe."""
+    how.update(bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     if not given:
-        return subprocess.Popen(argv, **how)
+        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, **how)
     with tempfile.TemporaryFile() as text:
         text.write(given.encode("utf-8", "surrogateescape"))
         text.seek(0)
-        return subprocess.Popen(argv, **{**how, "stdin": text})
+        return subprocess.Popen(argv, stdin=text, **how)
 
 
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, given: str = "", cwd: str = "/",
             **how: Any) -> Finished:
     """Run a command to its end; its process group is killed as one on time-out or signal."""
-    ours, theirs = os.pipe()
-    kept = bytearray()
-    reader = threading.Thread(target=drain, args=(ours, kept), daemon=True)
-    process = None
+    process, kept = None, bytearray()
     try:
-        try:
-            with ending.put_off():
-                process = start(argv, given, theirs, env=dict(env), cwd=cwd, **how)
-                ending.groups.add(process.pid)
-        finally:
-            os.close(theirs)
-            reader.start()
+        with ending.put_off():
+            process = start(argv, given, env=env, cwd=cwd, **how)
+            ending.groups.add(process.pid)
+        reader = threading.Thread(target=drain, args=(process.stdout, kept), daemon=True)
+        reader.start()
         status = process.wait(timeout)
         problem = f"exit status {status}" if status > 0 else f"killed by signal {-status}" if status else ""
     except subprocess.TimeoutExpired:
         problem = f"stopped after {timeout:g} s (load_timeout)"
     except (OSError, ValueError) as error:
-        problem = f"cannot be run: {getattr(error, 'strerror', None) or error}"
+        return Finished(f"cannot be run: {getattr(error, 'strerror', None) or error}", [])
     finally:
         if process is not None:
             if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
+                # It may run as another user (sudo), or hang in the kernel.
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                    process.wait(5)
             ending.groups.discard(process.pid)
     reader.join(0.5)            # not longer: a daemon left behind may hold the pipe for ever
     return Finished(problem, bytes(kept).decode("utf-8", "backslashreplace").splitlines())
@@ -677,27 +695,19 @@ def ask_for_tls(plain: Any, protocol: str) -> None:
     with plain.makefile("rb") as answers:
         for said, wanted in STARTTLS[protocol]:
             plain.sendall(said)
-            goes_on = True
-            while goes_on:
+            line = answers.readline(1000)
+            while line[3:4] == b"-" or (line[:2] == b"* " and not line.startswith(wanted)):
                 line = answers.readline(1000)
-                goes_on = line[3:4] == b"-" or (line[:2] == b"* " and not line.startswith(wanted))
             if not line.startswith(wanted):
                 raise NetworkError(f"no STARTTLS: it said {line.decode('utf-8', 'replace').strip() or 'nothing'!r}")
-
-
-def trusting(plain: Any, name: str) -> Any:
-    """A connection with TLS begun on it, whatever certificate is shown."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context.wrap_socket(plain, server_hostname=name or None)
 
 
 def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
     """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
     try:
-        with contextlib.closing(dial(time.monotonic() + timeout, (host, port), timeout)) as plain:
+        with contextlib.closing(dial(time.monotonic() + timeout, (host, port))) as plain:
             ask_for_tls(plain, protocol)
-            with trusting(plain, name) as secure:
+            with begin_tls(plain, name) as secure:
                 return ssl.DER_cert_to_PEM_cert(secure.getpeercert(True) or b"").encode()
     except (OSError, ValueError) as error:
         raise NetworkError(network_reason(error, timeout)) from error
@@ -717,12 +727,10 @@ def visit(url: str, address: str, timeout: float) -> Response:
         at = urllib.parse.urlsplit(url)
         host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
         with contextlib.closing(http.client.HTTPConnection(host, port)) as connection:
-            connection.sock = plain = dial(time.monotonic() + timeout, (address, port), timeout)
+            connection.sock = dial(time.monotonic() + timeout, (address, port))
             if at.scheme == "https":
-                connection.sock = trusting(plain, host)
-            connection.request("GET", (at.path or "/") + (f"?{at.query}" if at.query else ""),
-                               headers={"User-Agent": USER_AGENT, "Connection": "close"})
-            response = connection.getresponse()
+                connection.sock = begin_tls(connection.sock, host)
+            response = converse(connection, "GET", at, {"Connection": "close"})
             return Response(response.status, response.headers, response.read(8192))
     except (http.client.HTTPException, OSError, ValueError) as error:
         raise NetworkError(network_reason(error, timeout)) from error
@@ -754,13 +762,12 @@ def port_holder(port: int) -> str:
 
 def ask(question: str) -> bool:
     """Ask at the terminal; without one the answer is no."""
-    if not (sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty()):
+    if not all(stream and stream.isatty() for stream in (sys.stdin, sys.stderr)):
         return False
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
+    log.show(f"{question} [y/N] ")
     answer = sys.stdin.readline()
     if not answer.endswith("\n"):
-        sys.stderr.write("\n")
+        log.show("\n")
     return answer.strip().lower() in ("y", "yes")
 
 
@@ -787,49 +794,53 @@ class Job(NamedTuple):
     limit: float
 
 
-def work(jobs: queue.Queue[Job], results: queue.Queue[tuple[Job, Any]], started: dict[str, float],
-         world: World, until: float) -> None:
-    """What a worker does: one job after the other, each ending in a value; none is begun after `until`."""
-    while True:
-        try:
-            job = jobs.get_nowait()
-        except queue.Empty:
-            return
-        started[job.name] = world.monotonic()
-        try:
-            if started[job.name] >= until:
-                raise NetworkError("not begun, for this run has taken too long already; the next one does it")
-            results.put((job, job.act()))
-        except BaseException as error:
-            results.put((job, error))
+def outcome(job: Job, late: bool) -> Any:
+    """What a job ends in: its result, or its error."""
+    try:
+        if late:
+            raise NetworkError("not begun, for this run has taken too long already; the next one does it")
+        return job.act()
+    except BaseException as error:
+        return error
 
 
-def gather(jobs: Sequence[Job], width: int, world: World, until: float = float("inf")) -> Iterator[tuple[str, Any]]:
+def gather(jobs: Sequence[Job], width: int, world: World,
+           until: float = float("inf")) -> Generator[tuple[str, Any], None, None]:
     """The jobs as they end, so many at once, each with its result or error; none is waited for without end.
 
     Those that could not be begun before `until`, on the monotonic clock, end with an error.
     """
     if not jobs:
         return
-    waiting: queue.Queue[Job] = queue.Queue()
-    results: queue.Queue[tuple[Job, Any]] = queue.Queue()
-    started: dict[str, float] = {}
-    for job in jobs:
-        waiting.put(job)
-    for _ in range(min(width, len(jobs))):
-        threading.Thread(target=work, args=(waiting, results, started, world, until), daemon=True).start()
-    left = {job.name: job for job in jobs}
-    while left:
-        try:
-            job, result = results.get(timeout=1.0)
-        except queue.Empty:
-            now = world.monotonic()
-            late = [name for name, job in left.items() if started.get(name, now) < now - job.limit]
-            if not late:
+    waiting = list(jobs)
+    ended: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    ends: dict[str, float] = {}     # of what is being done, when it is given up
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):       # none is left
+            while True:
+                job, now = waiting.pop(0), world.monotonic()
+                ends[job.name] = now + job.limit
+                ended.put((job.name, outcome(job, now >= until)))
+
+    for _ in jobs[:width]:
+        threading.Thread(target=work, daemon=True).start()
+    left = len(jobs)
+    try:
+        while left:
+            try:
+                name, result = ended.get(timeout=1.0)
+            except queue.Empty:
+                now = world.monotonic()
+                for name in [name for name, end in list(ends.items()) if end < now]:
+                    ended.put((name, NetworkError("did not end within the deadline; a later run goes on with it")))
+                    threading.Thread(target=work, daemon=True).start()      # in place of the one that hangs
                 continue
-            job, result = left[late[0]], NetworkError("did not end within the deadline; a later run goes on with it")
-        if left.pop(job.name, None):
-            yield job.name, result
+            if ends.pop(name, None) is not None:
+                left -= 1
+                yield name, result
+    finally:
+        waiting.clear()             # nobody waits for the rest
 
 
 def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) -> list[T]:
@@ -837,17 +848,11 @@ def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) ->
     if len(calls) < 2:
         return [call() for call in calls.values()]
     results: dict[str, Any] = {}
-    failed: list[BaseException] = []
-
-    def unless_failed(call: Callable[[], T]) -> T | None:
-        return None if failed else call()
-
-    jobs = [Job(name, functools.partial(unless_failed, call), limit) for name, call in calls.items()]
-    for name, result in gather(jobs, AT_ONCE, world):
-        if isinstance(result, BaseException):
-            failed.append(result)
-            raise result
-        results[name] = result
+    with contextlib.closing(gather([Job(*one, limit) for one in calls.items()], AT_ONCE, world)) as ended:
+        for name, result in ended:
+            if isinstance(result, BaseException):
+                raise result
+            results[name] = result
     return [results[name] for name in calls]
 
 
@@ -881,19 +886,26 @@ def owner(path: str, mode: int) -> Owner:
         return Owner(mode, os.geteuid(), os.getegid())
 
 
+@contextlib.contextmanager
+def opened(path: str, flags: int) -> Iterator[int]:
+    """The descriptor of a file, made private if it is new, while it is needed."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode):
                 raise FileError(f"{path}: not a regular file")
             if about.st_size > cap:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
             return os.read(descriptor, about.st_size or cap)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         uid, us = owner(path, 0).uid, os.geteuid()
         whose = f": it belongs to user {uid}, and this runs as user {us}" if error.errno == errno.EACCES and uid != us \
@@ -917,11 +929,8 @@ def signature(path: str) -> tuple[str, bool]:
 
 def sync_directory(path: str) -> None:
     """Flush the directory that holds a path, so that a rename in it survives a power cut."""
-    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, data: bytes) -> None:
@@ -941,18 +950,16 @@ def remove(path: str) -> None:
 
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
     """Make a new file, on the disk when this returns; what was there goes; `strict`: OSError if not its owner's."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        if like.uid not in (-1, os.geteuid()) or like.gid not in (-1, os.getegid()):
-            with contextlib.suppress(*() if strict else (PermissionError,)):        # not root: ours then
-                os.fchown(descriptor, like.uid, like.gid)
+    remove(path)
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as descriptor:
+        try:
+            os.fchown(descriptor, like.uid, like.gid)
+        except PermissionError:         # not root: ours then
+            if strict:
+                raise
         os.fchmod(descriptor, like.mode)
         write_all(descriptor, data)
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rename(source: str, target: str) -> None:
@@ -1001,12 +1008,11 @@ def keep(path: str, target: str) -> None:
 
 def back_up(path: str, target: str) -> None:
     """Keep the present content of a path under another name: a second link, or (with a key in it) a private copy."""
-    remove(target)
     content = read(path)
     secret = b"PRIVATE KEY" in content
     if not secret and not os.path.islink(path):
         with contextlib.suppress(OSError):
-            os.link(path, target)
+            keep(path, target)
             return
     create(target, content, OURS if secret else owner(path, 0o600))
 
@@ -1026,12 +1032,18 @@ def secure_streams() -> None:
 
 def lineage(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
     """What decides what is found at a path: itself, whether a link or not, and (False) the directories on the way."""
-    for own in (os.path.abspath(path), os.path.realpath(path)):
-        at, below = own, ""
-        while at != below:
-            with contextlib.suppress(OSError):
-                yield at, os.lstat(at), at == own
-            at, below = os.path.dirname(at), at
+    to_see, seen = [(os.path.abspath(path), True)], set()
+    for at, own in to_see:
+        if at in seen:
+            continue
+        seen.add(at)
+        above = os.path.dirname(at)
+        with contextlib.suppress(OSError):
+            about = os.lstat(at)
+            yield at, about, own
+            if stat.S_ISLNK(about.st_mode):
+                to_see.append((os.path.normpath(os.path.join(os.path.realpath(above), os.readlink(at))), own))
+        to_see.append((above, False))
 
 
 def anyone_may_write(path: str) -> str:
@@ -1055,8 +1067,7 @@ def others_may_write(path: str) -> str:
 
 def open_append(path: str) -> int:
     """The descriptor of a regular file to add lines to, private if it is new; OSError if it is anything else."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", path)
@@ -1123,17 +1134,16 @@ def make_directory(path: str) -> None:
         make_directory(os.path.dirname(path))
     try:
         os.mkdir(path)
+        os.chmod(path, 0o755)
+        sync_directory(path)
     except FileExistsError:
         if not os.path.isdir(path):     # else another worker made it meanwhile
             raise
-        return
-    os.chmod(path, 0o755)
-    sync_directory(path)
 
 
 def take_lock(path: str) -> int | None:
     """The descriptor that holds the lock, or None while another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -1623,7 +1633,6 @@ def a_url(text: str) -> str:
     """An https URL, or none."""
     if not text:
         return text
-    import urllib.parse
     at = urllib.parse.urlsplit(text)
     if at.scheme != "https" or not at.hostname or at.port == 0:
         raise ValueError("must be an https:// URL")
@@ -2519,7 +2528,6 @@ class Guests:
     """The open connections of a listener: so many, each for so long; the oldest makes room."""
 
     def __init__(self) -> None:
-        import threading
         self.open: dict[Any, float] = {}
         self.guard = threading.Lock()
 
@@ -2568,9 +2576,7 @@ class Capped:
 def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not one long function
     """The server that listens for one challenge type, made on the days when it is needed."""
     import http.server
-    import socket
     import socketserver
-    import ssl
 
     class Page(http.server.BaseHTTPRequestHandler):
         timeout = 5                     # between two packets; Guests have a total
@@ -2664,8 +2670,6 @@ class Listener:
     """The listeners of one place, answering until closed."""
 
     def __init__(self, place: Place, answers: Answers) -> None:
-        import socket
-        import threading
         server, host = listener_class(place.kind), place.host
         self.servers: list[Any] = []
         self.serving = False
@@ -2842,7 +2846,6 @@ def undo_file(_: Task, row: Published, __: str) -> str:
 def by_greeting(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have the listener answer tls-alpn-01 (RFC 8737; for addresses RFC 8738 section 6)."""
     import ipaddress
-    import ssl
     answers, world = task.answers, task.world
     for one in sorted(proofs, key=lambda proof: proof.name):
         name = ipaddress.ip_address(one.name).reverse_pointer if is_address(one.name) else one.name
@@ -3443,7 +3446,6 @@ class Client:
 
     def own_url(self, value: object, what: str) -> str:
         """A URL that the CA gave, if it is https and of the CA's host."""
-        import urllib.parse
         try:
             at, own = urllib.parse.urlsplit(str(value)), urllib.parse.urlsplit(self.url)
             if isinstance(value, str) and value.isascii() and (at.scheme, at.netloc) == ("https", own.netloc):
@@ -4867,7 +4869,6 @@ class Clients:
 
 def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answers: Answers, run: RunScope) -> Obtained:
     """Obtain one certificate from the first of its CAs that can be reached."""
-    import threading
     monotonic, words = clients.world.monotonic, preference(entry, clients.settings)
     until = monotonic() + run.deadline
     task = Task(wanted_names(entry), entry.wanted, kinds, until, answers, clients.world, threading.Event(), entry.name)
@@ -5207,7 +5208,6 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
 
 def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
     """Finish or undo what a run that was stopped left behind."""
-    import threading
     directory = settings.run.directory
     for path in sweep(directory):
         log(f"removed {path}, left by a run that was stopped")
@@ -5786,7 +5786,6 @@ def about_caa(case: Case) -> Iterator[Finding]:
 
 def redirect_fault(url: str, address: str, home: str) -> str:
     """Why a public CA does not follow a redirect, or ""; home is the address that it came from."""
-    import urllib.parse
     at = urllib.parse.urlsplit(url)
     host, port = at.hostname or "", at.port or {"http": 80, "https": 443}.get(at.scheme, 0)
     faults = ((at.scheme not in ("http", "https"), f"{at.scheme} is not http or https"),
@@ -5799,7 +5798,6 @@ def redirect_fault(url: str, address: str, home: str) -> str:
 
 def trail(world: World, url: str, address: str) -> tuple[list[str], str, Response]:
     """Follow redirects as public CAs do: the way, what they refuse of it (it ends there), and the last answer."""
-    import urllib.parse
     way: list[str] = []
     home, response = address, world.visit(url, address, VISIT_SECONDS)
     while 300 <= response.status < 400 and (target := response.headers.get("Location")) and len(way) < REDIRECTS:
@@ -5883,7 +5881,6 @@ def suspects(settings: Settings, request: Request) -> list[Entry]:
 
 def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Finding]:
     """Look at all that an order would need, and say what is found."""
-    import threading
     check_copies(settings, load_items(settings), take_stock(settings))
     make_directory(settings.run.directory)
     entries, answers = suspects(settings, request), Answers(settings.run.directory)
@@ -6207,7 +6204,6 @@ def prove_in_turn(client: Client, order: Order, task: Task) -> None:
 
 def uacme_obtain(call: Call, entry: Entry, opened: Opened) -> None:
     """Obtain a certificate and make it live, in uacme's order of things."""
-    import threading
     run, world, client = call.settings.run, call.clients.world, opened.client
     task = Task(entry.wanted.names, entry.wanted, (), world.monotonic() + run.deadline, Answers(call.top), world,
                 threading.Event())
