@@ -4926,6 +4926,17 @@ class TestCertificationAuthority:
             assert lab.run("renew", "--force").status == 0
             assert (len(fake.accounts), len(other.accounts)) == (1, 1)
 
+    def test_an_order_that_its_ca_still_works_on_is_not_paid_for_twice(self, fake: fakeca.FakeCA, lab: Host,
+                                                                       tmp_path: Path) -> None:
+        (tmp_path / "second").mkdir()
+        with fakeca.FakeCA(tmp_path / "second", fake.http_port) as other:
+            lab.write(deadline="1s", sections=f"[server second]\nurl = {other.url}\nca_file = {other.ca_file}\n"
+                                              f"[a.example.test]\nserver = {fake.url} second\n")
+            fake.misbehave("order_pending_for_ever")
+            done = lab.run()
+        assert (done.status, orders(fake), orders(other)) == (1, 1, 0), done.err
+        assert "a later run goes on with it" in done.err
+
     def test_urls_of_a_dead_order_are_not_followed(self, fake: fakeca.FakeCA, lab: Host) -> None:
         lab.old_pair("a.example.test")
         state = {"order": "https://localhost:1/order/7", "order_server": fake.url}
@@ -7811,13 +7822,14 @@ class TestTimer:
     def test_crontab_of_a_user_keeps_its_other_lines(self, tmp_path: Path) -> None:
         run = self.installer(tmp_path)
         table = tmp_path / "table"
-        for before, kept in (("", ""), ("# mine\n5 * * * * a %b\n", "# mine\n5 * * * * a %b\n")):
+        for before, kept in (("", ""), 2 * (f"# mine {SCRIPT}\n5 * * * * a %b\n",)):
             table.write_text(before) if before else table.unlink(missing_ok=True)
             for _ in range(2):
                 assert run("cron", "--install", root=False)[0] == 0
             lines = table.read_text()
             assert lines.startswith(kept)
-            assert re.fullmatch(rf"\d+ \* \* \* \* \S+ {re.escape(str(SCRIPT))} --ini \S+\n", lines[len(kept):])
+            assert re.fullmatch(rf"\d+ \* \* \* \* \S+ {re.escape(str(SCRIPT))} --ini \S+  # by wucme.py timer\n",
+                                lines[len(kept):])
         assert run("systemd", root=False)[0] == 2
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="units are for root")
@@ -7842,8 +7854,8 @@ class TestTimer:
         (tmp_path / place).write_text(f"#{SCRIPT}\n")
         assert run("cron", "--install")[0] == 0
         (tmp_path / place).write_text(f"23 */6 * * * root {SCRIPT}\n")
-        for form in ("cron", "systemd"):
-            status, said = run(form, "--install")
+        for form, root in (("cron", True), ("systemd", True), ("cron", False)):
+            status, said = run(form, "--install", root=root)
             assert (status, "has wucme run already; take that out, then try again" in said) == (1, True)
 
     @pytest.mark.parametrize("words", [("hourly",), ("cron", "systemd"), ("--load", "+nginx"), ("--backups", "9")])

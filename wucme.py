@@ -221,6 +221,10 @@ class ProtocolError(NetworkError):
     """What came back is not ACME, or not what was asked for."""
 
 
+class UnfinishedError(NetworkError):
+    """The CA still works on an order; a later run goes on with it."""
+
+
 class AcmeError(WucmeError):
     """The CA refused, with its problem type (RFC 8555 section 6.7) and when to come back."""
 
@@ -3652,15 +3656,15 @@ class Client:
 
     def settle(self, order: Order, names: Sequence[str], busy: Sequence[str], until: float,
                asked: threading.Event | None = None) -> Order:
-        """Look at an order until it leaves the `busy` states; NetworkError at the deadline (section 7.4).
+        """Look at an order until it leaves the `busy` states; UnfinishedError at the deadline (section 7.4).
 
         The first look is at once, unless the CA wants it later, or a listener is still to be `asked`.
         """
         pause = POLL_SECONDS[0] if asked else 0.0
         while order.status in busy:
             if self.world.monotonic() + max(order.wait, pause) > until:
-                raise NetworkError(f"the CA left the order {order.status} until the deadline; a later run goes on "
-                                   f"with it ({order.url})")
+                raise UnfinishedError(f"the CA left the order {order.status} until the deadline; a later run goes on "
+                                      f"with it ({order.url})")
             if order.wait or asked is None:
                 self.world.sleep(max(order.wait, pause))
             elif asked.wait(pause):
@@ -4876,7 +4880,7 @@ def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answe
         try:
             return obtain_by_some_way(entry, clients.enter(word), task, run)
         except NetworkError as error:
-            if monotonic() > until:
+            if isinstance(error, UnfinishedError) or monotonic() > until:
                 raise
             log(f"{entry.title}: {error}; trying the next CA")
     return obtain_by_some_way(entry, clients.enter(words[-1]), task, run)
@@ -5477,8 +5481,9 @@ def account_verb(settings: Settings, request: Request, world: World) -> Report:
 UNITS, BOOTED = "/etc/systemd/system", "/run/systemd/system"
 CRON_FILE = "/etc/cron.d/wucme"
 OWN_TABLE = "your crontab"
-CRONTAB = """\
-{ crontab -l 2>/dev/null | grep -vF -e "$WUCME_SCRIPT"; printf '%s\\n' "$WUCME_LINE"; } | crontab -"""
+OWN_LINE = "# by wucme.py timer"
+CRONTAB = f"""\
+{{ crontab -l 2>/dev/null | grep -v '{OWN_LINE}$'; printf '%s\\n' "$WUCME_LINE"; }} | crontab -"""
 TIMER = """\
 [Timer]
 OnCalendar=hourly
@@ -5567,9 +5572,9 @@ def by_cron(settings: Settings, argv: Sequence[str]) -> Schedule:
         then.append(("systemctl", "disable", "--now", "wucme.timer"))
     if root and os.path.isdir(os.path.dirname(CRON_FILE)):
         return Schedule({CRON_FILE: f"{when} root {line}\n"}, then, f"rm {CRON_FILE}")
-    change = "env", f"WUCME_SCRIPT={argv[1]}", f"WUCME_LINE={when} {line}", "sh", "-c", CRONTAB
-    return Schedule({OWN_TABLE: f"{when} {line}\n"}, [*then, change],
-                    f"crontab -e, and take out the line with {argv[1]}")
+    line = f"{when} {line}  {OWN_LINE}"
+    return Schedule({OWN_TABLE: f"{line}\n"}, [*then, ("env", f"WUCME_LINE={line}", "sh", "-c", CRONTAB)],
+                    f"crontab -e, and take out the line that ends in {OWN_LINE}")
 
 
 def read_table(path: str) -> list[str]:
@@ -5580,14 +5585,13 @@ def read_table(path: str) -> list[str]:
 
 
 def other_tables(script: str, world: World) -> Iterator[str]:
-    """The tables of cron that run this script and are not ours to replace."""
+    """The tables of cron that run this script by a line that is not ours to replace."""
     tables, folder = {"/etc/crontab": read_table("/etc/crontab")}, os.path.dirname(CRON_FILE)
     with contextlib.suppress(OSError):
         tables.update({path: read_table(path) for path in (os.path.join(folder, name) for name in os.listdir(folder))})
-        if os.geteuid() == 0:
-            tables["root's crontab"] = world.command(("crontab", "-l"), child_environment(), 60.0).output
-    return (name for name, lines in tables.items()
-            if name != CRON_FILE and any(script in line.partition("#")[0] for line in lines))
+    tables[OWN_TABLE] = world.command(("crontab", "-l"), child_environment(), 60.0).output
+    return (name for name, lines in tables.items() if name != CRON_FILE
+            and any(script in line.partition("#")[0] and not line.endswith(OWN_LINE) for line in lines))
 
 
 def timer(settings: Settings, request: Request, world: World) -> list[str]:
@@ -6285,8 +6289,8 @@ def uacme(argv: Sequence[str], world: World) -> int:
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "check": None,
          "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
-ONLY_WITH = {"force": ("issue", "renew"), "install": ("timer",), "set_csr": ("issue",),
-             "dry_run": ("run", "issue", "renew", "load", "timer")}
+ONLY_WITH = {"force": ("issue", "renew"), "install": ("timer",), "set_csr": ("issue",), "reason": ("revoke",),
+             "as_json": ("status",), "dry_run": ("run", "issue", "renew", "load", "timer")}
 
 
 def version() -> str:
@@ -6316,7 +6320,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
     parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
-    parser.add_argument("--reason", default="unspecified")
+    parser.add_argument("--reason", default="")
     parser.add_argument("--csr", dest="set_csr")
     parser.add_argument("--json", dest="as_json", action="store_true")
     for flag in ("force", "dry-run", "staging", "quiet", "verbose", "install", "version", "help"):
@@ -6394,8 +6398,8 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
     for flag, verbs in ONLY_WITH.items():
         if arguments[flag] and verb not in verbs:
-            raise SettingsError(f"--{flag.replace('set_', '').replace('_', '-')} goes with {' and '.join(verbs)}, "
-                                f"not with {verb}")
+            option = re.sub("^(set|as)_", "", flag).replace("_", "-")
+            raise SettingsError(f"--{option} goes with {' and '.join(verbs)}, not with {verb}")
     # Trying out is for one CA and loads nothing, whatever other options say.
     options = {key: text for key, text in option_texts(arguments).items()
                if not arguments["staging"] or key not in ("server", "load")}
@@ -6407,7 +6411,8 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     for path in (os.path.abspath(__file__), settings.run.directory):
         if fault := anyone_may_write(path):
             raise SettingsError(fault)
-    request = Request(**pick(Request, arguments, {"names": names, "options": options, "ini": named}))
+    request = Request(**pick(Request, arguments, {"names": names, "options": options, "ini": named,
+                                                   "reason": arguments["reason"] or "unspecified"}))
     return staging(settings) if arguments["staging"] else settings, request
 
 
