@@ -875,7 +875,7 @@ def reserved(label: str) -> bool:
 
 
 class Owner(NamedTuple):
-    """Mode and owner of a file."""
+    """Mode and owner of a file; -1 for whom the file system makes it."""
     mode: int
     uid: int
     gid: int
@@ -985,7 +985,8 @@ def deploy(path: str, data: bytes, like: Owner) -> None:
         raise FileError(f"{directory}: no such directory; make it, with the owner and mode that it should have")
     if os.path.isdir(path):
         raise FileError(f"{path}: a directory, or a link to one; give the path of a file in it")
-    if os.path.isfile(path) and not os.path.islink(path) and owner(path, 0) == like and read(path) == data:
+    if os.path.isfile(path) and not os.path.islink(path) and read(path) == data and \
+            all(wanted in (-1, found) for wanted, found in zip(like, owner(path, 0))):
         return
     temporary = os.path.join(directory, f".{base}_tmp")     # hidden: some servers read every file of a directory
     try:
@@ -4253,13 +4254,13 @@ def destination(item: Item, entry: Entry) -> str:
 
 
 def copy_owner(text: str, mode: str) -> Owner:
-    """Mode and owner of a copy, by their names on this host; what is not named is ours."""
+    """Mode and owner of a copy, by their names on this host; what is not named is left to the file system."""
     import grp
     import pwd
     user, _, group = text.partition(":")
     try:
-        return Owner(int(mode, 8), pwd.getpwnam(user).pw_uid if user else os.geteuid(),
-                     grp.getgrnam(group).gr_gid if group else os.getegid())
+        return Owner(int(mode, 8), pwd.getpwnam(user).pw_uid if user else -1,
+                     grp.getgrnam(group).gr_gid if group else -1)
     except KeyError as error:
         raise FileError(f"owner={text}: no such user or group on this host") from error
 
