@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import pty
+import py_compile
 import re
 import select
 import shlex
@@ -67,6 +68,9 @@ if os.geteuid() == 0 and (wucme.anyone_may_write(str(SCRIPT)) or wucme.others_ma
         checked_out.chmod(checked_out.stat().st_mode & ~0o022)
     SCRIPT = FILES / "wucme.py"
     wucme.__file__ = str(SCRIPT)
+BUILT = Path(tempfile.mkdtemp())            # a script is compiled by each run of it, which is most of what a run takes
+atexit.register(shutil.rmtree, BUILT)
+COMPILED = py_compile.compile(str(SCRIPT), str(BUILT / "wucme.pyc"), doraise=True)
 
 
 def mode(path: Path) -> int:
@@ -1167,7 +1171,7 @@ class TestFiles:
                 "child = subprocess.Popen(['sleep', '5'], stdout=null, stderr=null, close_fds=False); "
                 "print(child.pid, flush=True); time.sleep(5)")
         with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE,
-                              env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent),
+                              env={**ENVIRONMENT, "PYTHONPATH": str(BUILT),
                                    "PYTHONDONTWRITEBYTECODE": "1"}) as holder:
             assert holder.stdout
             child = int(holder.stdout.readline())
@@ -3947,7 +3951,7 @@ class TestShape:
                 "print(status, [name for name in heavy if name in sys.modules])")
         done = subprocess.run(
             [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True,
-            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(BUILT), "PYTHONDONTWRITEBYTECODE": "1"})
         assert (done.stdout, done.stderr) == ("0 []\n", "")
         assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
 
@@ -3994,7 +3998,7 @@ class Host:
 
     def command(self, *arguments: object) -> list[str]:
         """The command line of a run with this ini."""
-        return [*self.within, sys.executable, "-W", "error", str(SCRIPT), "--ini", str(self.ini), *map(str, arguments)]
+        return [*self.within, sys.executable, "-W", "error", COMPILED, "--ini", str(self.ini), *map(str, arguments)]
 
     def run(self, *arguments: object, **environment: str) -> Done:
         """Run the script to its end, as cron would."""
@@ -6873,7 +6877,7 @@ def by_clock(host: Host, now: str, *arguments: object) -> Done:
     """Run the script with another clock: an expression, in which `real()` is the true time and `asked` a counter."""
     code = ("import itertools, sys, time, wucme\nreal, asked = time.time, itertools.count()\n"
             f"sys.exit(wucme.main(sys.argv[1:], wucme.REAL._replace(now=lambda: {now})))")
-    environment = {**host.environment, "PYTHONPATH": str(SCRIPT.parent)}
+    environment = {**host.environment, "PYTHONPATH": str(BUILT)}
     done = subprocess.run([sys.executable, "-c", code, "--ini", str(host.ini), *map(str, arguments)], env=environment,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False)
     assert "Traceback" not in done.stderr
@@ -6934,7 +6938,7 @@ class TestTime:
                 assert wucme.main(["--ini", {str(lab.ini)!r}], world) == 1
             """)
         subprocess.run([sys.executable, "-c", code], check=True, timeout=90, stderr=subprocess.DEVNULL,
-                       env={**lab.environment, "PYTHONPATH": str(SCRIPT.parent)})
+                       env={**lab.environment, "PYTHONPATH": str(BUILT)})
         assert orders(fake) == 5, "at once, after 1, 10 and 100 minutes, and after a day"
 
     def test_bad_certificate_counts_as_a_refusal(self, fake: fakeca.FakeCA, lab: Host) -> None:
@@ -6984,7 +6988,7 @@ def peak(host: Host, *arguments: object) -> tuple[int, int]:
     code = ("import re, sys, wucme\nstatus = wucme.main(sys.argv[1:])\n"
             "print(status, re.search('VmHWM:\\\\s+([0-9]+)', open('/proc/self/status').read())[1])")
     done = subprocess.run([sys.executable, "-c", code, "--ini", str(host.ini), *map(str, arguments)], check=True,
-                          env={**host.environment, "PYTHONPATH": str(SCRIPT.parent)}, capture_output=True, timeout=90)
+                          env={**host.environment, "PYTHONPATH": str(BUILT)}, capture_output=True, timeout=90)
     status, kib = map(int, done.stdout.split())
     return status, kib
 
@@ -7491,7 +7495,7 @@ class TestOddPlaces:
         lab.old_pair("a.example.test")
         lab.write(f"$ echo x >> {tmp_path}/loads")
         command = lab.command()
-        command[3:4] = ["-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import wucme\n"
+        command[3:4] = ["-c", f"import sys; sys.path.insert(0, {str(BUILT)!r}); import wucme\n"
                         "wucme.DEADLINES = 0; sys.exit(wucme.main())"]
         done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
         assert "a.example.test: failed: not begun, for this run has taken too long already; the next one does it\n" \
@@ -7527,7 +7531,7 @@ class TestOddPlaces:
             need([*strace, "true"])
             command = [*strace, *command]
         else:
-            command[3:4] = ["-c", RECORDER, str(trace), str(SCRIPT)]
+            command[3:4] = ["-c", RECORDER, str(trace), COMPILED]
         done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False, timeout=90)
         assert done.returncode == 0, done.stderr
         flushed, renamed, waiting = set(), 0, False
@@ -7606,7 +7610,7 @@ class Twin(NamedTuple):
 def our_twin(home: Path, url: str, ca_file: Path, *options: str) -> Twin:
     """wucme.py as uacme, with a directory of its own in a home of its own."""
     home.mkdir()
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--uacme", "-a", url, "-c", f"{home}/conf", *options]
+    command = [sys.executable, "-W", "error", COMPILED, "--uacme", "-a", url, "-c", f"{home}/conf", *options]
     return Twin(command, home, {"PATH": os.environ["PATH"], "HOME": str(home), "UACME_CAINFO": str(ca_file),
                                 "PYTHONDONTWRITEBYTECODE": "1", "no_proxy": "localhost"})
 
@@ -7973,7 +7977,7 @@ class TestAsUacmeInAFlatDirectory:
 
     def run(self, lab: Host, *arguments: object) -> Done:
         """Run it in the directory, as that program runs itself."""
-        done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), "--uacme", *map(str, arguments)],
+        done = subprocess.run([sys.executable, "-W", "error", COMPILED, "--uacme", *map(str, arguments)],
                               env={**lab.environment, "WUCME_INI": str(lab.ini)}, cwd=lab.directory, check=False,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
         assert "Traceback" not in done.stderr
