@@ -4889,7 +4889,11 @@ class TestInterruption:
         with self.held(fake, lab) as process, contextlib.ExitStack() as stack:
             token, front = next((lab.directory / "tokens").iterdir()), Fronts("127.0.0.1", fake.http_port,
                                                                               threading.Event())
-            silent = [stack.enter_context(front.connect()) for _ in range(500)]
+            silent = []
+            for number in range(500):
+                silent.append(stack.enter_context(front.connect()))
+                if number % 100 == 99:
+                    front.say(GET)      # waits until all are accepted, or the kernel lets the next wait for a second
             for number in range(2000):
                 with front.connect() as peer, contextlib.suppress(OSError):
                     peer.sendall(hostile[number // 2 % len(hostile)])
@@ -4912,9 +4916,11 @@ class TestInterruption:
 
     def test_callers_that_hold_on_do_not_hold_up_the_end(self, fake: fakeca.FakeCA, lab: Host) -> None:
         with self.held(fake, lab) as process, contextlib.ExitStack() as stack:
+            front = Fronts("127.0.0.1", fake.http_port, threading.Event())
             for number in range(300):
-                caller = stack.enter_context(socket.create_connection(("127.0.0.1", fake.http_port), 5))
-                caller.sendall(GET[:number % len(GET)])
+                stack.enter_context(front.connect()).sendall(GET[:number % len(GET)])
+                if number % 100 == 99:
+                    front.say(GET)      # as above
             begun = time.monotonic()
             process.terminate()
             process.communicate(timeout=10)
