@@ -2306,7 +2306,7 @@ class TestResponder:
     def test_arguments_are_nothing_to_it(self, tokens: Path, arguments: tuple[str, ...]) -> None:
         before = snapshot(tokens)
         done = subprocess.run(
-            [sys.executable, "-I", "-S", SCRIPT, *arguments], capture_output=True, check=True,
+            [sys.executable, "-I", "-S", COMPILED, *arguments], capture_output=True, check=True,
             env={"GATEWAY_INTERFACE": "CGI/1.1", "WUCME_DIRECTORY": str(tokens), "REQUEST_METHOD": "GET",
                  "PATH_INFO": f"{WELL_KNOWN}tok", "WUCME_INI": "/nowhere"})
         assert done.stdout.startswith(b"Status: 200 OK\r\n")
@@ -4466,6 +4466,8 @@ class TestCertificationAuthority:
             assert (done.status, lab.pair() == before) == (0, False), (misdeed, done.err)
             assert b"\r" not in lab.pair()[0]
             assert lab.run() == Done(0, "", ""), misdeed
+            ordered = [payload for _, path, payload in fake.requests if path == "/new-order"][-1]
+            assert ("replaces" in ordered) is (misdeed != "no_renewal_info")
 
     @pytest.mark.parametrize("misdeed", ["drip", "silent@finalize"])
     def test_one_request_has_a_deadline(self, misdeed: str, fake: fakeca.FakeCA, lab: Host) -> None:
@@ -5883,7 +5885,9 @@ class TestLoad:
                                                                                         tmp_path: Path) -> None:
         tame.write(f"$ sleep 321 & echo $! > {tmp_path}/child; (sleep 322 & echo $! > {tmp_path}/grandchild); wait",
                    "$ echo after", load_timeout="1s")
+        begun = time.monotonic()
         done = tame.run()
+        assert time.monotonic() - begun < 6
         assert (done.status, "stopped after 1 s (load_timeout)" in done.err) == (1, True)
         assert "load succeeded: $ echo after" in done.err
         for name in ("child", "grandchild"):
@@ -7034,8 +7038,9 @@ class TestHarmLimits:
         lab.pair("b.example.test")
 
     @pytest.mark.parametrize(("misdeed", "wait"), [
-        ("error_503_retry_after", "315360000"), ("error_503_retry_after", "-1"), ("rate_limited", "315360000"),
-        ("rate_limited", "Fri, 31 Dec 9999 23:59:59 GMT"), ("rate_limited", "9" * 4000), ("rate_limited", "\x1b[2J"),
+        ("error_503_retry_after@new-order", "315360000"), ("error_503_retry_after", "-1"),
+        ("rate_limited", "315360000"), ("rate_limited", "Fri, 31 Dec 9999 23:59:59 GMT"), ("rate_limited", "9" * 4000),
+        ("rate_limited", "\x1b[2J"),
     ], ids=brief)
     def test_any_retry_after_ends_the_run_and_holds_for_a_week_at_most(
             self, fake: fakeca.FakeCA, lab: Host, misdeed: str, wait: str) -> None:
