@@ -2,6 +2,7 @@ PYTHON = python3
 SETUP = $(PYTHON) .ci/setup
 SCRIPTS = $(sort $(wildcard *.py .ci/*.py) $(shell grep -l -d skip '^.!.*python' .ci/*))
 export PYTHONPYCACHEPREFIX = $(CURDIR)/.cache/pycache
+unexport PYTHONDONTWRITEBYTECODE
 export HYPOTHESIS_STORAGE_DIRECTORY = $(CURDIR)/.cache/hypothesis
 
 .PHONY: help demo test lint faults soak bench matrix clean

@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import pty
+import py_compile
 import re
 import select
 import shlex
@@ -70,6 +71,10 @@ if os.geteuid() == 0 and (wucme.anyone_may_write(str(SCRIPT)) or wucme.others_ma
         checked_out.chmod(checked_out.stat().st_mode & ~0o022)
     SCRIPT = FILES / "wucme.py"
     wucme.__file__ = str(SCRIPT)
+BUILT = Path(tempfile.mkdtemp())            # a script is compiled by each run of it, which is most of what a run takes
+atexit.register(shutil.rmtree, BUILT)
+COMPILED = str(BUILT / "wucme.pyc")
+py_compile.compile(str(SCRIPT), COMPILED, doraise=True)
 
 
 def mode(path: Path) -> int:
@@ -350,8 +355,8 @@ class TestCommand:
         assert wucme.child_environment()["PATH"] == f"{start}:/usr/local/sbin:/usr/sbin:/sbin"
 
     def test_endless_output_is_bounded_and_never_waits(self) -> None:
-        finished = shell("yes", 0.2)
-        assert finished.problem == "stopped after 0.2 s (load_timeout)"
+        finished = shell("yes", 0.1)
+        assert finished.problem == "stopped after 0.1 s (load_timeout)"
         assert sum(len(line) + 1 for line in finished.output) == wucme.OUTPUT_BYTES
 
     def test_the_time_limit_kills_the_whole_group(self) -> None:
@@ -637,7 +642,7 @@ def plainly(request: bytes) -> list[bytes]:
 def drip(data: bytes) -> Iterator[bytes]:
     """The data so slowly that it never ends, each byte well within any time limit for one."""
     for at in range(len(data)):
-        time.sleep(0.05)
+        time.sleep(0.02)
         yield data[at:at + 1]
 
 
@@ -697,11 +702,11 @@ class TestHttp:
                 for piece in drip(b"\x16\x03\x03\x20\x00" * 6 if where == "handshake" else b"HTTP/1.1 200 " + b"k" * 9):
                     peer.sendall(piece)
         with Loopback(talk) as server:
-            client = web(0.2, proxy=f"localhost:{server.port}" if where == "proxy" else "none")
+            client = web(0.1, proxy=f"localhost:{server.port}" if where == "proxy" else "none")
             start = time.monotonic()
-            with pytest.raises(wucme.NetworkError, match=r"no whole answer within 0\.2 s"):
+            with pytest.raises(wucme.NetworkError, match=r"no whole answer within 0\.1 s"):
                 client.request("GET", f"https://localhost:{server.port}/")
-            assert 0.15 < time.monotonic() - start < 0.8
+            assert 0.08 < time.monotonic() - start < 0.7
 
     def test_the_time_limit_is_for_the_whole_request(self, site: Site, web: Callable[..., wucme.Http]) -> None:
         def talk(peer: socket.socket) -> None:
@@ -794,7 +799,7 @@ class TestServed:
     def test_a_server_that_will_not_is_quoted(self, site: Site, protocol: str, lines: tuple[bytes, ...],
                                               reason: str) -> None:
         with Loopback(self.said(site, *lines)) as server, pytest.raises(wucme.NetworkError) as error:
-            wucme.served("127.0.0.1", server.port, "a", protocol, 0.3)
+            wucme.served("127.0.0.1", server.port, "a", protocol, 0.1 if "within" in reason else 5)
         assert reason in str(error.value)
 
     def test_it_ends_in_time_however_slowly_bytes_drip_in(self, site: Site) -> None:
@@ -804,8 +809,8 @@ class TestServed:
 
         start = time.monotonic()
         with Loopback(talk) as server, pytest.raises(wucme.NetworkError, match="no whole answer within"):
-            wucme.served("127.0.0.1", server.port, "a", "smtp", 0.3)
-        assert time.monotonic() - start < 3
+            wucme.served("127.0.0.1", server.port, "a", "smtp", 0.1)
+        assert time.monotonic() - start < 2
 
     def test_a_page_ends_in_time_however_slowly_it_drips_in(self, site: Site) -> None:
         start = time.monotonic()
@@ -1303,7 +1308,7 @@ class TestFiles:
                 "child = subprocess.Popen(['sleep', '5'], stdout=null, stderr=null, close_fds=False); "
                 "print(child.pid, flush=True); time.sleep(5)")
         with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE,
-                              env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent),
+                              env={**ENVIRONMENT, "PYTHONPATH": str(BUILT),
                                    "PYTHONDONTWRITEBYTECODE": "1"}) as holder:
             assert holder.stdout
             child = int(holder.stdout.readline())
@@ -1327,8 +1332,8 @@ class TestFiles:
 # --- 4. pem ------------------------------------------------------------------------------------
 
 def brief(value: object) -> str | None:
-    """What to call a PEM text in the name of a test."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else None
+    """What to call a PEM text, or one that is too long, in the name of a test."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) or (isinstance(value, str) and len(value) > 99) else None
 
 
 def der(tag: int, *parts: bytes) -> bytes:
@@ -2487,7 +2492,7 @@ class TestResponder:
     def test_arguments_are_nothing_to_it(self, tokens: Path, arguments: tuple[str, ...]) -> None:
         before = snapshot(tokens)
         done = subprocess.run(
-            [sys.executable, "-I", "-S", SCRIPT, *arguments], capture_output=True, check=True,
+            [sys.executable, "-I", "-S", COMPILED, *arguments], capture_output=True, check=True,
             env={"GATEWAY_INTERFACE": "CGI/1.1", "WUCME_DIRECTORY": str(tokens), "REQUEST_METHOD": "GET",
                  "PATH_INFO": f"{WELL_KNOWN}tok", "WUCME_INI": "/nowhere"})
         assert done.stdout.startswith(b"Status: 200 OK\r\n")
@@ -2836,12 +2841,12 @@ class TestListener:
             assert silent[0].recv(1) == b""
 
     def test_a_connection_has_so_many_seconds_in_all(self, front: Fronts, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(wucme, "CONNECTION_SECONDS", 0.2)
+        monkeypatch.setattr(wucme, "CONNECTION_SECONDS", 0.1)
         start = time.monotonic()
         with front.connect() as peer, contextlib.suppress(ConnectionError):
-            while not select.select([peer], [], [], 0.05)[0] and time.monotonic() - start < 2:
+            while not select.select([peer], [], [], 0.02)[0] and time.monotonic() - start < 2:
                 peer.sendall(b"G")
-        assert 0.15 < time.monotonic() - start < 1
+        assert 0.08 < time.monotonic() - start < 1
 
     def test_closing_ends_it_all_within_a_second(self, tmp_path: Path) -> None:
         before = set(threading.enumerate())
@@ -4292,7 +4297,7 @@ class TestShape:
                 "print(status, [name for name in heavy if name in sys.modules])")
         done = subprocess.run(
             [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True,
-            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(SCRIPT.parent), "PYTHONDONTWRITEBYTECODE": "1"})
+            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(BUILT), "PYTHONDONTWRITEBYTECODE": "1"})
         assert (done.stdout, done.stderr) == ("0 []\n", "")
         assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
 
@@ -4367,7 +4372,7 @@ class Host:
 
     def command(self, *arguments: object) -> list[str]:
         """The command line of a run with this ini."""
-        return [*self.within, sys.executable, "-W", "error", str(SCRIPT), "--ini", str(self.ini), *map(str, arguments)]
+        return [*self.within, sys.executable, "-W", "error", COMPILED, "--ini", str(self.ini), *map(str, arguments)]
 
     def run(self, *arguments: object, **environment: str) -> Done:
         """Run the script to its end, as cron would."""
@@ -4410,6 +4415,25 @@ class Host:
                 or path.parent.name == "tokens"}
 
 
+def in_world(host: Host, changes: str, *arguments: object) -> Done:
+    """Run the script in a changed world: expressions in which `real()` is the true time and `asked` a counter."""
+    code = ("import itertools, sys, time, wucme\nreal, asked = time.time, itertools.count()\n"
+            f"sys.exit(wucme.main(sys.argv[1:], wucme.REAL._replace({changes})))")
+    environment = {**host.environment, "PYTHONPATH": str(BUILT)}
+    done = subprocess.run([sys.executable, "-c", code, "--ini", str(host.ini), *map(str, arguments)], env=environment,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False)
+    assert "Traceback" not in done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def by_clock(host: Host, now: str, *arguments: object) -> Done:
+    """Run the script with another clock."""
+    return in_world(host, f"now=lambda: {now}", *arguments)
+
+
+HASTE = "sleep=lambda seconds: time.sleep(seconds / 20)"      # for tests in which there is nothing to wait for
+
+
 def secrets_of(directory: Path) -> set[str]:
     """The private keys and MAC keys in the files of a directory, in every form in which one might be told."""
     found = set()
@@ -4436,6 +4460,7 @@ def told_secrets(host: Host) -> list[str]:
 @pytest.fixture(scope="session", autouse=True)
 def no_secret_is_told() -> Iterator[None]:
     """Compares, when all tests are over, all that was logged and printed with all keys that there were."""
+    gc.freeze()         # what is there before the tests is no rubbish: to look for that takes a tenth of a second
     yield
     assert [told for host in HOSTS for told in told_secrets(host)] == []
 
@@ -4672,7 +4697,7 @@ class TestPebble:
     @pytest.mark.parametrize("nonces", [50])
     def test_many_nonces_are_refused(self, tmp_path: Path, nonces: int) -> None:
         with testbed.Pebble(tmp_path / "pebble", binaries=testbed.pebble_binaries(), nonce_reject=nonces,
-                            va_nosleep=False, retry_after=(1, 1)) as ca:
+                            retry_after=(1, 1)) as ca:
             host = Host(tmp_path, ca.directory_url, ca.ca_file, f"127.0.0.1:{ca.http_port}")
             assert host.run("issue", "a.example.test", "b.example.test").status == 0
             host.pair()
@@ -4806,17 +4831,19 @@ class TestCertificationAuthority:
         assert lab.pair() != before
         assert not lab.left()
 
-    @pytest.mark.parametrize("misdeed", HARMLESS)
-    def test_taken_as_it_comes(self, misdeed: str, fake: fakeca.FakeCA, lab: Host) -> None:
-        lab.old_pair("a.example.test", "b.example.test")
-        assert lab.run("renew", "--force").status == 0
-        fake.misbehave(misdeed)
-        done = lab.run("renew", "--force")
-        assert done.status == 0, done.err
-        assert b"\r" not in lab.pair()[0]
-        assert lab.run() == Done(0, "", "")
+    def test_taken_as_it_comes(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        lab.run("issue", "a.example.test", "b.example.test")
+        for misdeed in HARMLESS:
+            before = lab.pair()
+            fake.misbehave(misdeed)
+            done = lab.run("renew", "--force")
+            assert (done.status, lab.pair() == before) == (0, False), (misdeed, done.err)
+            assert b"\r" not in lab.pair()[0]
+            assert lab.run() == Done(0, "", ""), misdeed
+            ordered = [payload for _, path, payload in fake.requests if path == "/new-order"][-1]
+            assert ("replaces" in ordered) is (misdeed != "no_renewal_info")
 
-    @pytest.mark.parametrize("misdeed", ["silent", "drip", "silent@finalize"])
+    @pytest.mark.parametrize("misdeed", ["drip", "silent@finalize"])
     def test_one_request_has_a_deadline(self, misdeed: str, fake: fakeca.FakeCA, lab: Host) -> None:
         before = lab.old_pair("a.example.test")
         fake.misbehave(misdeed)
@@ -5049,7 +5076,7 @@ class TestWhenToRenew:
     def test_replacement_that_is_refused_is_ordered_without(self, fake: fakeca.FakeCA, lab: Host, refusal: str) -> None:
         lab.run("issue", "a.example.test")
         fake.misbehave(refusal, times=1 if "500" not in refusal else 3)
-        assert lab.run("renew", "--force").status == 0
+        assert in_world(lab, HASTE, "renew", "--force").status == 0
         payloads = [payload for _, path, payload in fake.requests if path == "/new-order"]
         assert "replaces" not in payloads[-1]
         assert "replaces" in payloads[-2]
@@ -5314,15 +5341,19 @@ class TestInterruption:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", fake.http_port)) != 0
 
-    def test_500_silent_and_10000_hostile_callers_keep_nobody_out(self, fake: fakeca.FakeCA, lab: Host) -> None:
+    def test_500_silent_and_2000_hostile_callers_keep_nobody_out(self, fake: fakeca.FakeCA, lab: Host) -> None:
         reset = struct.pack("ii", 1, 0)
         hostile = [b"", b"G", GET[:-2], GET, b"junk\r\n\r\n", b"\x16\x03\x01\x02\x00", b"\0" * 100, GET * 3,
                    b"POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\nx", b"GET /" + b"x" * 8200]
         with self.held(fake, lab) as process, contextlib.ExitStack() as stack:
             token, front = next((lab.directory / "tokens").iterdir()), Fronts("127.0.0.1", fake.http_port,
                                                                               threading.Event())
-            silent = [stack.enter_context(front.connect()) for _ in range(500)]
-            for number in range(10_000):
+            silent = []
+            for number in range(500):
+                silent.append(stack.enter_context(front.connect()))
+                if number % 100 == 99:
+                    front.say(GET)      # waits until all are accepted, or the kernel lets the next wait for a second
+            for number in range(2000):
                 with front.connect() as peer, contextlib.suppress(OSError):
                     peer.sendall(hostile[number // 2 % len(hostile)])
                     if number % 2:
@@ -5330,7 +5361,7 @@ class TestInterruption:
                     else:               # or all would wait a second for each 128 that are not accepted yet
                         peer.shutdown(socket.SHUT_WR)
                         peer.recv(1)
-                if number % 1000 == 999:
+                if number % 200 == 199:
                     start = time.monotonic()
                     assert front.say(GET.replace(b"tok", token.name.encode())).endswith(token.read_bytes())
                     assert time.monotonic() - start < 3
@@ -5339,13 +5370,16 @@ class TestInterruption:
             assert int(re.findall(r"VmHWM:\s+(\d+)", about)[0]) < 100 * 1024
             assert int(re.findall(r"Threads:\s+(\d+)", about)[0]) < wucme.OPEN_CONNECTIONS + 20
             fake.misbehave()
+            front.say(GET.replace(b"tok", token.name.encode()))     # as a CA that looks again, or it would wait longer
             assert process.wait(60) == 0
 
     def test_callers_that_hold_on_do_not_hold_up_the_end(self, fake: fakeca.FakeCA, lab: Host) -> None:
         with self.held(fake, lab) as process, contextlib.ExitStack() as stack:
+            front = Fronts("127.0.0.1", fake.http_port, threading.Event())
             for number in range(300):
-                caller = stack.enter_context(socket.create_connection(("127.0.0.1", fake.http_port), 5))
-                caller.sendall(GET[:number % len(GET)])
+                stack.enter_context(front.connect()).sendall(GET[:number % len(GET)])
+                if number % 100 == 99:
+                    front.say(GET)      # as above
             begun = time.monotonic()
             process.terminate()
             process.communicate(timeout=10)
@@ -5387,13 +5421,12 @@ class TestInterruption:
     def test_second_run_waits_and_orders_nothing(self, fake: fakeca.FakeCA, lab: Host) -> None:
         with self.held(fake, lab) as first:
             assert "another run is at work" in lab.run("--lock-wait", "0s").err
-            with lab.start() as second:
-                time.sleep(0.3)
+            with lab.start("--verbose") as second:
+                assert second.stderr is not None
+                assert any("waiting for another run to end (pid " in line for line in second.stderr)
                 fake.misbehave()
                 assert first.wait(20) == 0
                 assert second.wait(20) == 0
-                assert second.stderr is not None
-                assert "waiting for another run to end (pid " in (said := second.stderr.read()) or not said
         assert orders(fake) == 1
 
     def test_lock_is_not_inherited(self, lab: Host, tmp_path: Path) -> None:
@@ -6172,7 +6205,7 @@ class TestSecondCertificationAuthority:
     def test_a_challenge_that_never_succeeds_ends_with_its_error(self, other: Host, caddy: testbed.CaddyCA) -> None:
         caddy.refusing = 1000
         try:
-            done = other.run("issue", "never.example.test")
+            done = in_world(other, HASTE, "issue", "never.example.test")
         finally:
             caddy.refusing = 0
         assert done.status == 1
@@ -6246,8 +6279,7 @@ class TestLoad:
         tame.run()
         assert count.read_text().split()[3:] == ["one", "two"], "a certificate put there by hand is loaded"
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 7, "certificates": []}', "\0\xff",
-                                      '{"certificates": 1}', '{"machine": "other", "certificates": {}}', "[" * 100000])
+    @pytest.mark.parametrize("text", ["\0\xff", '{"machine": "other", "certificates": {}}', "[" * 100000], ids=brief)
     def test_spoilt_ledger_means_owed(self, tame: Host, tmp_path: Path, text: str) -> None:
         tame.write(f"$ echo x >> {tmp_path}/count")
         tame.run()
@@ -6262,13 +6294,6 @@ class TestLoad:
         tame.run("--host", "beta")
         tame.run()
         assert (tmp_path / "count").read_text().split() == ["alpha", "beta"]
-
-    def test_time_limit(self, tame: Host) -> None:
-        tame.write("$ sleep 60", "$ echo after", load_timeout="1s")
-        done = tame.run()
-        assert "stopped after 1 s (load_timeout)" in done.err
-        assert "load succeeded: $ echo after" in done.err
-        assert done.status == 1
 
     def test_flood_is_bounded(self, tame: Host) -> None:
         tame.write("$ head -c 50000000 /dev/zero; printf '\\033[31m\\n'; seq 100000")
@@ -6313,10 +6338,15 @@ class TestLoad:
         assert all(line.isprintable() for line in log.splitlines())
         assert len(log) < 1_000_000
 
-    def test_children_of_a_load_that_is_stopped_are_killed(self, tame: Host, tmp_path: Path) -> None:
+    def test_load_that_takes_too_long_is_stopped_with_its_children_and_the_next_is_done(self, tame: Host,
+                                                                                        tmp_path: Path) -> None:
         tame.write(f"$ sleep 321 & echo $! > {tmp_path}/child; (sleep 322 & echo $! > {tmp_path}/grandchild); wait",
-                   load_timeout="1s")
-        assert "stopped after 1 s" in tame.run().err
+                   "$ echo after", load_timeout="1s")
+        begun = time.monotonic()
+        done = tame.run()
+        assert time.monotonic() - begun < 6
+        assert (done.status, "stopped after 1 s (load_timeout)" in done.err) == (1, True)
+        assert "load succeeded: $ echo after" in done.err
         for name in ("child", "grandchild"):
             pid = int((tmp_path / name).read_text())
             wait_until(functools.partial(lambda pid: not alive(pid), pid))
@@ -6330,7 +6360,7 @@ class TestLoad:
                 os.kill(pid, signal.SIGKILL)
         assert len(pids) == 200
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "\0\xff", '{"facts": 7, "retry_at": "x", "window": [1]}',
+    @pytest.mark.parametrize("text", ["\0\xff", '{"facts": 7, "retry_at": "x", "window": [1]}',
                                       '{"retry_at": 1e300, "held_until": 1e300, "ask_at": 1e300, "failures": -5}',
                                       '{"order": "file:///etc/passwd", "order_server": 3}', "[" * 100000], ids=brief)
     def test_state_that_is_spoilt_is_learnt_again(self, fake: fakeca.FakeCA, lab: Host, text: str) -> None:
@@ -6489,7 +6519,7 @@ class TestLoad:
             server.config.write_text(f"{good}\n{server.broken}\n")
             host.settings["grace"] = "0s"
             host.write(f"> {pair} what=pair", f"+{name}")
-            done = host.run("renew", "--force")
+            done = in_world(host, HASTE, "renew", "--force")
             assert done.status == 1
             assert re.search(r"load failed: \+.*it is owed", done.err)
             assert "nonsense" in done.err, done.err
@@ -7337,17 +7367,6 @@ class TestCommandLine:
         assert "Traceback" not in done.stderr
 
 
-def by_clock(host: Host, now: str, *arguments: object) -> Done:
-    """Run the script with another clock: an expression, in which `real()` is the true time and `asked` a counter."""
-    code = ("import itertools, sys, time, wucme\nreal, asked = time.time, itertools.count()\n"
-            f"sys.exit(wucme.main(sys.argv[1:], wucme.REAL._replace(now=lambda: {now})))")
-    environment = {**host.environment, "PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run([sys.executable, "-c", code, "--ini", str(host.ini), *map(str, arguments)], env=environment,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False)
-    assert "Traceback" not in done.stderr
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
 YEAR = 365 * DAY
 
 
@@ -7402,7 +7421,7 @@ class TestTime:
                 assert wucme.main(["--ini", {str(lab.ini)!r}], world) == 1
             """)
         subprocess.run([sys.executable, "-c", code], check=True, timeout=90, stderr=subprocess.DEVNULL,
-                       env={**lab.environment, "PYTHONPATH": str(SCRIPT.parent)})
+                       env={**lab.environment, "PYTHONPATH": str(BUILT)})
         assert orders(fake) == 5, "at once, after 1, 10 and 100 minutes, and after a day"
 
     def test_bad_certificate_counts_as_a_refusal(self, fake: fakeca.FakeCA, lab: Host) -> None:
@@ -7417,7 +7436,7 @@ class TestTwoRuns:
     """Two at once, of one host and of two."""
 
     @pytest.mark.parametrize("hosts", [("alpha", "alpha"), ("alpha", "beta")])
-    @pytest.mark.parametrize("lead", [0, 0.1, 0.25, 0.4])
+    @pytest.mark.parametrize("lead", [0, 0.05, 0.1])
     def test_one_order_and_every_load_as_owed(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path,
                                               hosts: tuple[str, str], lead: float) -> None:
         before = lab.old_pair("a.example.test")
@@ -7452,7 +7471,7 @@ def peak(host: Host, *arguments: object) -> tuple[int, int]:
     code = ("import re, sys, wucme\nstatus = wucme.main(sys.argv[1:])\n"
             "print(status, re.search('VmHWM:\\\\s+([0-9]+)', open('/proc/self/status').read())[1])")
     done = subprocess.run([sys.executable, "-c", code, "--ini", str(host.ini), *map(str, arguments)], check=True,
-                          env={**host.environment, "PYTHONPATH": str(SCRIPT.parent)}, capture_output=True, timeout=90)
+                          env={**host.environment, "PYTHONPATH": str(BUILT)}, capture_output=True, timeout=90)
     status, kib = map(int, done.stdout.split())
     return status, kib
 
@@ -7462,16 +7481,16 @@ class TestHarmLimits:
     """What a bad CA costs: memory, time, and nothing of others."""
 
     @pytest.mark.parametrize("misdeed", ["endless_body", "deep_directory", "many_authorizations", "nonce_huge",
-                                         "token_long", "cert_huge", "drip"])
+                                         "token_long", "cert_huge"])
     def test_memory_is_bounded(self, fake: fakeca.FakeCA, lab: Host, misdeed: str) -> None:
         lab.old_pair("a.example.test")
         fake.misbehave(misdeed)
-        status, kib = peak(lab, "--timeout", "3s")
+        status, kib = peak(lab)
         assert status == 1
         assert kib < 100 * 1024
 
-    @pytest.mark.parametrize("misdeed", ["silent", "drip", "silent@finalize", "order_processing_for_ever",
-                                         "order_pending_for_ever", "error_503_retry_after", "cert_huge"])
+    @pytest.mark.parametrize("misdeed", ["silent@finalize", "order_pending_for_ever", "error_503_retry_after",
+                                         "cert_huge"])
     def test_certificates_of_other_cas_are_renewed_and_loaded(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path,
                                                               misdeed: str) -> None:
         (tmp_path / "second").mkdir()
@@ -7486,8 +7505,11 @@ class TestHarmLimits:
         assert (tmp_path / "loads").read_text() == "b.example.test\n"
         lab.pair("b.example.test")
 
-    @pytest.mark.parametrize("misdeed", ["error_503_retry_after", "rate_limited"])
-    @pytest.mark.parametrize("wait", ["315360000", "-1", "Fri, 31 Dec 9999 23:59:59 GMT", "9" * 4000, "\x1b[2J"])
+    @pytest.mark.parametrize(("misdeed", "wait"), [
+        ("error_503_retry_after@new-order", "315360000"), ("error_503_retry_after", "-1"),
+        ("rate_limited", "315360000"), ("rate_limited", "Fri, 31 Dec 9999 23:59:59 GMT"), ("rate_limited", "9" * 4000),
+        ("rate_limited", "\x1b[2J"),
+    ], ids=brief)
     def test_any_retry_after_ends_the_run_and_holds_for_a_week_at_most(
             self, fake: fakeca.FakeCA, lab: Host, misdeed: str, wait: str) -> None:
         before = lab.old_pair("a.example.test")
@@ -7976,7 +7998,7 @@ class TestOddPlaces:
         lab.old_pair("a.example.test")
         lab.write(f"$ echo x >> {tmp_path}/loads")
         command = lab.command()
-        command[3:4] = ["-c", f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import wucme\n"
+        command[3:4] = ["-c", f"import sys; sys.path.insert(0, {str(BUILT)!r}); import wucme\n"
                         "wucme.DEADLINES = 0; sys.exit(wucme.main())"]
         done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False)
         assert "a.example.test: failed: not begun, for this run has taken too long already; the next one does it\n" \
@@ -8012,7 +8034,7 @@ class TestOddPlaces:
             need([*strace, "true"])
             command = [*strace, *command]
         else:
-            command[3:4] = ["-c", RECORDER, str(trace), str(SCRIPT)]
+            command[3:4] = ["-c", RECORDER, str(trace), COMPILED]
         done = subprocess.run(command, env=lab.environment, capture_output=True, text=True, check=False, timeout=90)
         assert done.returncode == 0, done.stderr
         flushed, renamed, waiting = set(), 0, False
@@ -8091,7 +8113,7 @@ class Twin(NamedTuple):
 def our_twin(home: Path, url: str, ca_file: Path, *options: str) -> Twin:
     """wucme.py as uacme, with a directory of its own in a home of its own."""
     home.mkdir()
-    command = [sys.executable, "-W", "error", str(SCRIPT), "--uacme", "-a", url, "-c", f"{home}/conf", *options]
+    command = [sys.executable, "-W", "error", COMPILED, "--uacme", "-a", url, "-c", f"{home}/conf", *options]
     return Twin(command, home, {"PATH": os.environ["PATH"], "HOME": str(home), "UACME_CAINFO": str(ca_file),
                                 "PYTHONDONTWRITEBYTECODE": "1", "no_proxy": "localhost"})
 
@@ -8278,7 +8300,7 @@ class TestAsUacme:
         assert alike.run(["check", "-f", "a.example.test"]).status == 0
         assert alike.files() == before
 
-    @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Tokyo"])
+    @pytest.mark.parametrize("zone", ["America/New_York", "Asia/Tokyo"])
     def test_window_of_the_ca_counts_in_utc_and_alone(self, fake: fakeca.FakeCA, alike: Twin, zone: str) -> None:
         assert alike.run(ISSUE).status == 0
         old, now = alike.certificate(), datetime.now(timezone.utc)
@@ -8465,7 +8487,7 @@ class TestAsUacmeInAFlatDirectory:
 
     def run(self, lab: Host, *arguments: object) -> Done:
         """Run it in the directory, as that program runs itself."""
-        done = subprocess.run([sys.executable, "-W", "error", str(SCRIPT), "--uacme", *map(str, arguments)],
+        done = subprocess.run([sys.executable, "-W", "error", COMPILED, "--uacme", *map(str, arguments)],
                               env={**lab.environment, "WUCME_INI": str(lab.ini)}, cwd=lab.directory, check=False,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
         assert "Traceback" not in done.stderr
