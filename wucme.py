@@ -4758,7 +4758,7 @@ def prepare(entry: Entry, order: Order, server: str, run: RunScope) -> Prepared:
     waiting, text = f"{entry.key}_tmp", key_pem(key)
     # What waits may be the only copy of a key that a CA has signed already: it is not made anew.
     if (not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash) and not (
-            os.path.exists(waiting) and read(waiting) == text):
+            os.path.isfile(waiting) and read(waiting) == text):
         create(waiting, text, owner(entry.key, 0o600))
         sync_directory(entry.key)
     return Prepared(entry, key, signing_request(key, names, entry.wanted.must_staple))
