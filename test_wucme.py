@@ -691,6 +691,14 @@ class TestHttp:
         del caught
         gc.collect()            # its connection, too, and not in the middle of another test
 
+    def test_an_address_of_a_kind_that_the_kernel_lacks_is_passed_over(
+            self, site: Site, web: Callable[..., wucme.Http], monkeypatch: pytest.MonkeyPatch) -> None:
+        found = socket.getaddrinfo
+        lacking = (255, socket.SOCK_STREAM, 0, "", ("::1", 1, 0, 0))        # as AF_INET6 after ipv6.disable=1
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *at, **how: [lacking, *found(*at, **how)])
+        with Loopback(site.talk(plainly, 1)) as server, contextlib.closing(web()) as client:
+            assert client.request("GET", f"https://localhost:{server.port}/").status == 200
+
     @pytest.mark.parametrize("where", ["head", "body", "handshake", "proxy"])
     def test_a_request_ends_in_time_however_slowly_bytes_drip_in(self, site: Site, web: Callable[..., wucme.Http],
                                                                  where: str) -> None:
@@ -3139,6 +3147,16 @@ class TestClient:
             assert made.settle(looks.pop(0), ["a.example"], ["processing"], 60.0) == order
         assert found == slept
 
+    @pytest.mark.parametrize("error", [wucme.AcmeError("wait", "rateLimited"), wucme.NetworkError("gone")])
+    def test_the_verdict_on_an_order_stands_whatever_else_is_refused(self, error: wucme.WucmeError) -> None:
+        def refuse(*_: object) -> wucme.Authorization:
+            raise error
+
+        made, verdict = client(), {"type": "urn:ietf:params:acme:error:caa", "detail": "CAA forbids it"}
+        made.world = wucme.REAL
+        made.authorization = refuse     # type: ignore[assignment, method-assign]
+        assert made.complaint(self.parsed(status="invalid", error=verdict), ["a.example"]).kind == "caa"
+
     @bounded
     @given(change=st.dictionaries(st.sampled_from(["status", "identifier", "challenges"]), deep_values | st.lists(
         st.fixed_dictionaries({"type": st.sampled_from(["http-01", "dns-persist-01", "x"])}, optional={
@@ -4925,6 +4943,15 @@ class TestCertificationAuthority:
         state.write_text(json.dumps(known))
         assert [lab.run("issue", "a.example.test").status for _ in range(2)] == [1, 0]
 
+    def test_a_directory_is_fetched_again_after_a_redirect(self, fake: fakeca.FakeCA, lab: Host) -> None:
+        assert lab.run("account", "new").status == 0
+        fake.misbehave("redirect_file@new-order")
+        assert "redirects are not followed" in lab.run("issue", "a.example.test").err
+        fake.misbehave()
+        fake.requests.clear()
+        assert lab.run("issue", "a.example.test").status == 0
+        assert "/directory" in [path for _, path, _ in fake.requests]
+
     def test_so_many_orders_a_run_and_the_most_urgent_first(self, fake: fakeca.FakeCA, lab: Host) -> None:
         for name, days in (("late", 20), ("later", 25), ("latest", 28)):
             lab.old_pair(f"{name}.example.test", days=days)
@@ -5311,6 +5338,17 @@ class TestInterruption:
         assert done.status == 0, done.err
         assert orders(fake) == 1
         assert not lab.left()
+
+    def test_a_key_that_waits_is_not_made_anew_when_its_order_is_gone_on_with(self, fake: fakeca.FakeCA,
+                                                                              lab: Host) -> None:
+        fake.always_valid = True
+        fake.misbehave("order_pending_for_ever")
+        lab.write(deadline="1s", sections="[a.example.test]\n")
+        assert "a later run goes on with it" in lab.run().err
+        waiting = (lab.directory / "wucme_k_a.example.test.pem_tmp").stat()     # the only copy, perhaps signed already
+        fake.misbehave()
+        assert lab.run().status == 0
+        assert (lab.key().stat().st_ino, lab.key().stat().st_mtime_ns) == (waiting.st_ino, waiting.st_mtime_ns)
 
     def test_run_that_was_killed_when_the_new_pair_was_live_is_ended_by_the_next(self, fake: fakeca.FakeCA,
                                                                                  lab: Host) -> None:

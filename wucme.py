@@ -368,16 +368,17 @@ def dial(until: float, at: tuple[str, int], *_: Any) -> Any:
     addresses = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
     while True:
         family, kind, protocol, _name, address = addresses.pop(0)
-        plain = timed(socket.socket)(family, kind, protocol)
-        plain.until = until
-        try:
-            plain.settimeout(time_left(until) / (len(addresses) + 1))
-            plain.connect(address)
-            return plain
-        except OSError:
-            plain.close()
-            if not addresses:
-                raise
+        with contextlib.ExitStack() as stack:
+            try:
+                plain = stack.enter_context(timed(socket.socket)(family, kind, protocol))
+                plain.until = until
+                plain.settimeout(time_left(until) / (len(addresses) + 1))
+                plain.connect(address)
+                stack.pop_all()
+                return plain
+            except OSError:         # also where a kernel knows no IPv6
+                if not addresses:
+                    raise
 
 
 @functools.cache
@@ -3401,6 +3402,7 @@ class Client:
         if TOKEN.fullmatch(nonce):
             self.nonces.append(nonce)
         if 300 <= response.status < 400:
+            self.known = {}
             target = printable(response.headers.get("Location") or "nowhere")
             raise ProtocolError(f"{url}: redirects to {target}; redirects are not followed, give the right URL")
         return response
@@ -3690,7 +3692,7 @@ class Client:
     def complaint(self, order: Order, names: Sequence[str]) -> AcmeError:
         """Why an order turned invalid, name by name."""
         looked: list[Authorization] = []
-        with contextlib.suppress(NetworkError):     # the verdict stands, whatever else cannot be learnt
+        with contextlib.suppress(WucmeError):       # the verdict stands, whatever else cannot be learnt
             looked = self.abandon(order, names)
         found = [(one.name, challenge) for one in looked for challenge in one.challenges if challenge.error]
         problems = [(f"{name}: ", one.kind, one.error) for name, one in found] or [("", "", order.error)]
@@ -4753,8 +4755,11 @@ def prepare(entry: Entry, order: Order, server: str, run: RunScope) -> Prepared:
     entry = remember(run.directory, entry, order=order.url, order_server=server)
     if not key:
         return Prepared(entry, key, request_facts(read(entry.wanted.csr))[0])
-    if not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash:
-        create(f"{entry.key}_tmp", key_pem(key), owner(entry.key, 0o600))
+    waiting, text = f"{entry.key}_tmp", key_pem(key)
+    # What waits may be the only copy of a key that a CA has signed already: it is not made anew.
+    if (not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash) and not (
+            os.path.isfile(waiting) and read(waiting) == text):
+        create(waiting, text, owner(entry.key, 0o600))
         sync_directory(entry.key)
     return Prepared(entry, key, signing_request(key, names, entry.wanted.must_staple))
 
@@ -4864,7 +4869,7 @@ class Clients:
 
     def close(self) -> None:
         """Close the connections, and remember what became of the accounts."""
-        for word, client in self.reach.made.items():
+        for word, client in list(self.reach.made.items()):      # a worker that was given up may reach one yet
             if isinstance(client, Client):
                 client.close()
                 if self.settings.run.directory:
