@@ -476,7 +476,7 @@ class TestCommand:
         before = set(os.listdir("/proc/self/fd"))
         shell("echo said")
         wucme.command([str(tmp_path / "none")], {}, 5)
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert set(os.listdir("/proc/self/fd")) <= before      # what others left may be closed meanwhile
 
 
 class TestJobs:
@@ -4853,6 +4853,7 @@ class TestCertificationAuthority:
         lab.run("issue", "a.example.test", "b.example.test")
         for misdeed in HARMLESS:
             before = lab.pair()
+            (lab.directory / "wucme_s_account.json").unlink()       # or no directory would be asked for
             fake.misbehave(misdeed)
             done = lab.run("renew", "--force")
             assert (done.status, lab.pair() == before) == (0, False), (misdeed, done.err)

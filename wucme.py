@@ -2490,7 +2490,8 @@ class Answers:
 
     def publish(self, token: str, text: str, asked: threading.Event) -> None:
         """Answer this token from now on; the event is set when it is asked for."""
-        plant(os.path.dirname(self.directory), [os.path.basename(self.directory)], token, text.encode())
+        make_directory(self.directory)
+        plant(self.directory, [], token, text.encode())
         self.texts[token], self.asked[token] = text, asked
 
     def withdraw(self, token: str) -> None:
@@ -3653,6 +3654,7 @@ class Client:
         url = f"{self.directory.renewal_info.rstrip('/')}/{name}"
         response = self.send("GET", url)
         if response.status != 200:
+            self.known = {}
             raise NetworkError(f"{url}: HTTP status {response.status} where renewal information should be")
         wait = asked_wait(response, self.world.now()) or ASK_SECONDS[2]
         return parse_window(read_object(response, url)), min(max(wait, ASK_SECONDS[0]), ASK_SECONDS[1])
