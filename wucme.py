@@ -891,6 +891,14 @@ def owner(path: str, mode: int) -> Owner:
         return Owner(mode, os.geteuid(), os.getegid())
 
 
+def other_owner(path: str, error: OSError) -> str:
+    """Whose a path is, where that is why we may not; "" otherwise."""
+    uid, us = owner(path, 0).uid, os.geteuid()
+    if error.errno != errno.EACCES or uid == us:
+        return ""
+    return f": it belongs to user {uid}, and this runs as user {us}"
+
+
 @contextlib.contextmanager
 def opened(path: str, flags: int) -> Iterator[int]:
     """The descriptor of a file, made private if it is new, while it is needed."""
@@ -912,10 +920,7 @@ def read(path: str, cap: int = 1 << 20) -> bytes:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
             return os.read(descriptor, about.st_size or cap)
     except OSError as error:
-        uid, us = owner(path, 0).uid, os.geteuid()
-        whose = f": it belongs to user {uid}, and this runs as user {us}" if error.errno == errno.EACCES and uid != us \
-            else ""
-        raise FileError(f"{path}: {error.strerror}{whose}") from error
+        raise FileError(f"{path}: {error.strerror}{other_owner(path, error)}") from error
 
 
 def signature(path: str) -> tuple[str, bool]:
@@ -1145,11 +1150,18 @@ def make_directory(path: str) -> None:
     except FileExistsError:
         if not os.path.isdir(path):     # else another worker made it meanwhile
             raise
+    except PermissionError as error:
+        above = os.path.dirname(path) or "."
+        raise FileError(f"{path}: cannot be made: {above}: {error.strerror}{other_owner(above, error)}") from error
 
 
 def take_lock(path: str) -> int | None:
     """The descriptor that holds the lock, or None while another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except PermissionError as error:
+        at = path if os.path.exists(path) else os.path.dirname(path)
+        raise FileError(f"{at}: {error.strerror}{other_owner(at, error)}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -1849,10 +1861,10 @@ class Settings(NamedTuple):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at what was probably meant, or a full stop."""
+    """A hint at what was probably meant; "" if nothing is near."""
     import difflib
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
-    return f"; did you mean {close[0]}?" if close else "."
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 INI_FAULTS = {
@@ -1972,8 +1984,8 @@ def find_server(settings: Settings, name: str, title: str = "wucme") -> tuple[st
     if found:
         raise SettingsError(f"{settings.source.where(f'server {name}')}: [server {name}] needs a url")
     raise SettingsError(f"{settings.source.where(title, 'server')}: server = {name}: no such CA"
-                        f"{nearest(name, settings.servers)} Known are {', '.join(settings.servers)}, or give the URL "
-                        "of its ACME directory")
+                        f"{nearest(name, settings.servers)} (there are {', '.join(settings.servers)}, or the URL of an "
+                        "ACME directory)")
 
 
 def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
@@ -3960,7 +3972,7 @@ def parse_standard(rest: str) -> Parsed:
     if rest in STANDARD or (words[0] == "systemd" and len(words) == 2 and UNIT.fullmatch(words[1])):
         return tuple(words), {}
     known = [*STANDARD, "systemd UNIT"]
-    raise ValueError(f"no such server{nearest(rest, known)} + knows {', '.join(known)}")
+    raise ValueError(f"no such server{nearest(rest, known)} (there are {', '.join(known)})")
 
 
 def parse_procedure(rest: str) -> Parsed:
@@ -5322,7 +5334,8 @@ def foretell(settings: Settings, request: Request, world: World) -> list[str]:
         renewed = {one.entry.name for one in decisions if one.due}
         lines = [f"would order a certificate for {' '.join(wanted_names(one.entry))} at "
                  f"{preference(one.entry, settings)[0]}: {one.reason}" if one.due else
-                 f"{dates(one, now)}: {f'due: {one.reason}' if one.held else 'not due'}" for one in decisions]
+                 dates(one, now) + ("" if not one.entry.facts else f": due: {one.reason}" if one.held else ": not due")
+                 for one in decisions]
         todo = duties(inventory.entries.values(), items,
                       lambda entry, text: entry.name in renewed or ledger.owes(entry, text))
     lines += [f"would {KINDS[one.item.text[0]].words} {one.item.text} for "
@@ -5423,7 +5436,7 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
             remember(run.directory, entry, revoked=fingerprint)
             print("servers still serve it: " + (
                 f"make a new key and a request, {entry.key}; the next run then gets another" if entry.wanted.csr else
-                f"the next run gets another, with a new key; for now: wucme.py renew {entry.name}"))
+                f"the next run gets another, with a new key; wucme.py renew {entry.name} does so at once"))
     return Report(inventory.files, [], [])
 
 
@@ -5466,7 +5479,7 @@ def deactivate_account(opened: Opened, mark: str) -> list[str]:
     rename(path, f"{path}_{mark}")
     remove(opened.account.state)
     opened.client.account = ""
-    return [f"the account {opened.client.url} is deactivated for ever; its key is {path}_{mark}"]
+    return [f"the account at {opened.client.url} is deactivated for ever; its key is now {path}_{mark}"]
 
 
 ACCOUNT_VERBS: dict[str, Callable[[Opened, str], list[str]]] = {
@@ -6319,8 +6332,8 @@ def argument_parser() -> argparse.ArgumentParser:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             word = message.rsplit(maxsplit=1)[-1]
-            hint = nearest(word, self._option_string_actions) if word.startswith("--") else ";"
-            raise SettingsError(f"{message}{hint} See --help")
+            hint = nearest(word, self._option_string_actions) if word.startswith("--") else ""
+            raise SettingsError(f"{message}{hint} (see --help)")
 
     # Without a width argparse would ask for that of the terminal, once for each option.
     parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False,
@@ -6401,7 +6414,7 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     """What the command line and the ini ask for; SettingsError where they ask for what cannot be."""
     verb, names = arguments["verb"], tuple(arguments["names"])
     if verb not in VERBS:
-        raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} There are {', '.join(VERBS)}")
+        raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} (there are {', '.join(VERBS)})")
     if names and verb in ("run", "status", "thumbprint"):
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
     for flag, verbs in ONLY_WITH.items():
