@@ -3165,7 +3165,7 @@ class TestClient:
         made.post = lambda *_: response(body=json.dumps(about).encode())        # type: ignore[method-assign]
         with contextlib.suppress(wucme.NetworkError):
             found = made.authorization("https://ca.test:14000/a", ["a.example"])
-            assert all(wucme.TOKEN.fullmatch(one.token) or one.kind == PERSIST for one in found.challenges)
+            assert all(re.fullmatch(wucme.BASE64URL, one.token) or one.kind == PERSIST for one in found.challenges)
 
     @bounded
     @given(change=st.dictionaries(st.sampled_from(["newNonce", "newOrder", "meta", "renewalInfo", "keyChange"]),
@@ -3285,7 +3285,7 @@ class TestStore:
             before(place)
             for step in steps(place, key, rotate)[:killed_after]:
                 step.do()
-            wucme.sweep(str(place))
+            wucme.sweep(str(place), os.listdir(place))
             for step in steps(place, key, rotate):
                 step.do()
             assert_switched(place, key, rotate)
@@ -3367,7 +3367,7 @@ class TestStore:
         for name in [*stale, *spared]:
             (tmp_path / name).touch()
         (tmp_path / "wucme_s_x.json").write_text('{"order": "https://ca.test/order/1"}')
-        gone = wucme.sweep(str(tmp_path))
+        gone = wucme.sweep(str(tmp_path), os.listdir(tmp_path))
         assert sorted(gone) == sorted(str(tmp_path / name) for name in stale)
         assert sorted(os.listdir(tmp_path)) == sorted([*spared, "tokens", "wucme_s_x.json"])
         assert os.listdir(tmp_path / "tokens") == []
@@ -3376,14 +3376,14 @@ class TestStore:
         spared = ["WUCME_K_ACCOUNT.PEM_tmp", "wucme_k_account.pem_tmp", "wucme_k_account_home.pem_tmp"]
         for name in [*spared, "wucme_k_accounts.example.pem_tmp"]:
             (tmp_path / name).touch()
-        wucme.sweep(str(tmp_path))
+        wucme.sweep(str(tmp_path), os.listdir(tmp_path))
         assert sorted(os.listdir(tmp_path)) == sorted(spared)
 
     @pytest.mark.parametrize("name", ["wucme_old_tmp", "tokens/old"])
     def test_a_directory_in_the_way_stops_no_sweep(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / "wucme_c_x.pem_tmp").touch()
-        wucme.sweep(str(tmp_path))
+        wucme.sweep(str(tmp_path), os.listdir(tmp_path))
         assert not (tmp_path / "wucme_c_x.pem_tmp").exists()
 
     @pytest.mark.parametrize(("state", "first", "own"), [
@@ -7723,7 +7723,8 @@ def unit(settings: dict[str, str], text: str = "", **more: str) -> str:
     body = "".join(f"{key} = {value}\n" for key, value in settings.items())
     source = wucme.Source("/etc/wucme/wucme.ini", f"[wucme]\n{body}{textwrap.dedent(text)}")
     found = wucme.read_settings(source, more)
-    return wucme.service(found, wucme.load_items(found), ["/bin/true", "a b", "$x", "100%"])
+    launch = wucme.Launch("/opt/a b/100%", ["/bin/true", "a b", "$x", "100%"])
+    return wucme.service(found, wucme.load_items(found), launch)
 
 
 # Runs a command as a unit of systemd would be: all read-only but for the paths named, and with these rights alone.
@@ -7770,7 +7771,7 @@ class TestTimer:
             """)
         assert re.findall("ReadWritePaths=(.*)", found) == [
             '-/var/c%%d "-/var/log/a b" -/var/m -/etc/three -/etc/one -/etc/two -/srv/one -/srv/two -/srv/three']
-        assert 'ExecStart=/bin/true "a b" "$$x" 100%%\n' in found
+        assert 'WorkingDirectory=/opt/a b/100%%\nExecStart=/bin/true "a b" "$$x" 100%%\n' in found
 
     def test_time_limit_is_longer_than_all_deadlines(self) -> None:
         limit, more, longest = (int(re.findall("TimeoutStartSec=(.*)", text)[0]) for text in (
@@ -7835,18 +7836,19 @@ class TestTimer:
 
     def installer(self, tmp_path: Path) -> Callable[..., tuple[int, str]]:
         """The script with places of its own for units and tables, and with its own crontab and systemctl."""
-        units, tables, programs = (tmp_path / name for name in ("units", "cron.d", "programs"))
-        for path in (units, tables, programs):
+        units, tables, programs, home = (tmp_path / name for name in ("units", "cron.d", "programs", "sbin"))
+        for path in (units, tables, programs, home):
             path.mkdir(exist_ok=True)
+        shutil.copy(SCRIPT, home)
         called, table = tmp_path / "called", tmp_path / "table"
         for name, text in {"systemctl": f'echo "$@" >> {called}', "crontab":
                            f"case $1 in -l) cat {table};; -) cat > {table}.new; mv {table}.new {table};; esac"}.items():
             (programs / name).write_text(f"#!/bin/sh\n{text}\n")
             (programs / name).chmod(0o755)
         (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}/certificates\nhost = alpha\n")
-        start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import os, wucme\n"
+        start = f"import sys; sys.path.insert(0, {str(home)!r}); import os, wucme\n"
         start += f"wucme.UNITS, wucme.CRON_FILE, wucme.BOOTED = {str(units)!r}, {str(tables / 'wucme')!r}, 'none'\n"
-        environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path)}
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
 
         def run(*words: str, root: bool = True) -> tuple[int, str]:
             more = "" if root else "os.geteuid = lambda: 1000\n"
@@ -7867,7 +7869,7 @@ class TestTimer:
         for _ in range(2):
             assert run("cron", "--install") == (0, f"wucme runs every hour by cron: {table}\n"
                                                 f"to undo that: rm {table}\n")
-        command = f"root {sys.executable} {SCRIPT} --ini {tmp_path}/w.ini\n"
+        command = f"root cd {tmp_path}/sbin && {sys.executable} -m wucme --ini {tmp_path}/w.ini\n"
         assert re.fullmatch(rf"#.*\n[1-9]\d? \* \* \* \* {re.escape(command)}", table.read_text())
         assert (os.listdir(tmp_path / "cron.d"), called.exists()) == (["wucme"], False)
         status, said = run("systemd", "--install")
@@ -7885,14 +7887,14 @@ class TestTimer:
     def test_crontab_of_a_user_keeps_its_other_lines(self, tmp_path: Path) -> None:
         run = self.installer(tmp_path)
         table = tmp_path / "table"
-        for before, kept in (("", ""), 2 * (f"# mine {SCRIPT}\n5 * * * * a %b\n",)):
+        for before, kept in (("", ""), 2 * (f"# mine {tmp_path}/sbin/wucme.py\n5 * * * * a %b\n",)):
             table.write_text(before) if before else table.unlink(missing_ok=True)
             for _ in range(2):
                 assert run("cron", "--install", root=False)[0] == 0
             lines = table.read_text()
             assert lines.startswith(kept)
-            assert re.fullmatch(rf"\d+ \* \* \* \* \S+ {re.escape(str(SCRIPT))} --ini \S+  # by wucme.py timer\n",
-                                lines[len(kept):])
+            assert re.fullmatch(rf"\d+ \* \* \* \* cd {re.escape(str(tmp_path))}/sbin && \S+ -m wucme --ini \S+"
+                                "  # by wucme.py timer\n", lines[len(kept):])
         assert run("systemd", root=False)[0] == 2
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="units are for root")
@@ -7914,12 +7916,42 @@ class TestTimer:
     @pytest.mark.parametrize("place", ["cron.d/other", "table"])
     def test_never_twice(self, tmp_path: Path, place: str) -> None:
         run = self.installer(tmp_path)
-        (tmp_path / place).write_text(f"#{SCRIPT}\n")
+        (tmp_path / place).write_text(f"#{tmp_path}/sbin/wucme.py\n# python3 -m wucme\n")
         assert run("cron", "--install")[0] == 0
-        (tmp_path / place).write_text(f"23 */6 * * * root {SCRIPT}\n")
-        for form, root in (("cron", True), ("systemd", True), ("cron", False)):
-            status, said = run(form, "--install", root=root)
-            assert (status, "has wucme run already; take that out, then try again" in said) == (1, True)
+        for command in (f"{tmp_path}/sbin/wucme.py", "cd /usr/local/sbin && python3 -m wucme"):
+            (tmp_path / place).write_text(f"23 */6 * * * root {command}\n")
+            for form, root in (("cron", True), ("systemd", True), ("cron", False)):
+                status, said = run(form, "--install", root=root)
+                assert (status, "has wucme run already; take that out, then try again" in said) == (1, True)
+
+    def test_what_runs_every_hour_need_not_be_compiled(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        assert run("cron", "--install")[0] == 0
+        made = next((tmp_path / "sbin" / "__pycache__").iterdir())
+        line = (tmp_path / "cron.d" / "wucme" if os.geteuid() == 0 else tmp_path / "table").read_text().splitlines()[-1]
+        command = line[line.index("cd "):]
+
+        def hourly() -> Done:
+            done = subprocess.run(["sh", "-c", command], env={**ENVIRONMENT, "PYTHONVERBOSE": "1"}, cwd="/", text=True,
+                                  capture_output=True, check=False)
+            return Done(done.returncode, done.stdout, done.stderr)
+
+        done = hourly()
+        assert (done.status, f"# code object from '{made}'" in done.err) == (0, True)
+        assert "0 certs, 0 renewed" in (tmp_path / "certificates" / "wucme.log").read_text()
+        if os.geteuid() == 0:           # who may change what was compiled may do what root may
+            made.parent.chmod(0o777)
+            done = hourly()
+            assert (done.status, f"anyone may write {made.parent}" in done.err) == (2, True)
+        made.unlink()
+        made.parent.chmod(0o555)
+        assert hourly().status == 0, "then it is compiled"
+
+    @pytest.mark.parametrize(("name", "words"), [("wucme.py", "-m wucme"), ("wucme", "/opt/wucme"),
+                                                 ("wucme-1.0.py", "/opt/wucme-1.0.py")])
+    def test_a_script_that_is_no_module_is_run_as_a_file(self, name: str, words: str) -> None:
+        launch = wucme.launch_of(wucme.read_settings(wucme.NOWHERE, {"directory": "/d"}), f"/opt/{name}")
+        assert launch == ("/opt", [sys.executable, *words.split()])
 
     @pytest.mark.parametrize("words", [("hourly",), ("cron", "systemd"), ("--load", "+nginx"), ("--backups", "9")])
     def test_what_it_does_not_take(self, tmp_path: Path, words: tuple[str, ...]) -> None:

@@ -256,7 +256,7 @@ def sentence(error: BaseException) -> str:
 
 BODY_BYTES = 1 << 20            # no answer of a CA is longer
 # Times in what a program prints: a failure that only differs in them is no news.
-STAMP = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *")
+STAMP = r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *"
 AT_ONCE = 10                    # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
 
@@ -536,7 +536,7 @@ class Finished(NamedTuple):
 def with_last_line(finished: Finished) -> str:
     """The problem of a command with the last that it said, "" for none."""
     said = [line for line in finished.output if line.strip()][-1:] if finished.problem else []
-    return STAMP.sub("", ": ".join([finished.problem, *said]))[:500]       # or each failure would be news
+    return re.sub(STAMP, "", ": ".join([finished.problem, *said]))[:500]       # or each failure would be news
 
 
 def drain(pipe: Any, kept: bytearray) -> None:
@@ -865,6 +865,9 @@ def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) ->
 # Nothing is written over: a file is made beside its target, flushed to the disk, and renamed. Modes
 # are set at creation, before the first byte.
 
+LOG, LOCK = "wucme.log", "wucme.lock"
+
+
 def file_label(name: str) -> str:
     """NAME as it stands in file names: *. becomes _. and : becomes -."""
     return name.lower().replace("*.", "_.").replace(":", "-")
@@ -912,13 +915,16 @@ def opened(path: str, flags: int) -> Iterator[int]:
 def read(path: str, cap: int = 1 << 20) -> bytes:
     """The content of a regular file of at most `cap` bytes; FileError for anything else, never a wait."""
     try:
-        with opened(path, os.O_RDONLY | os.O_NONBLOCK) as descriptor:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:            # not by `opened`, which takes longer than to read
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode):
                 raise FileError(f"{path}: not a regular file")
             if about.st_size > cap:
                 raise FileError(f"{path}: {about.st_size} bytes, more than the {cap} that are read")
             return os.read(descriptor, about.st_size or cap)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}{other_owner(path, error)}") from error
 
@@ -1057,6 +1063,13 @@ def lineage(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
         to_see.append((above, False))
 
 
+def compile_ahead(path: str) -> None:
+    """Have Python keep what it makes of a program, where it may: who starts that as a module waits for no compiler."""
+    import py_compile
+    with contextlib.suppress(OSError):
+        py_compile.compile(path, quiet=2)
+
+
 def anyone_may_write(path: str) -> str:
     """Why root must not trust what is at a path: every user may change it, or put another in its place; "" if not."""
     for at, about, own in lineage(path) if os.geteuid() == 0 else ():
@@ -1178,10 +1191,10 @@ def take_lock(path: str) -> int | None:
 
 KEY_KINDS = ("ecdsa-p256", "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096")
 CHAIN_LENGTH = 10               # certificates; no CA sends more
-TOKEN = re.compile(r"[A-Za-z0-9_-]{1,256}")      # base64url, as challenges and nonces are
+BASE64URL = r"[A-Za-z0-9_-]{1,256}"  # as challenges and nonces are
 SKEW_SECONDS = 300              # how far our clock and the CA's may differ
-PEM_BEGIN = re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s")
-HOST_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+PEM_BEGIN = rb"-----BEGIN ([A-Z0-9 ]+)-----\s"
+HOST_LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
 DEVIATIONS = "\u00df\u03c2\u200c\u200d"        # what Python's old IDNA makes another domain of (UTS 46 section 7)
 
 
@@ -1200,8 +1213,8 @@ class Facts(NamedTuple):
 
 def pem_blocks(pem: bytes) -> Iterator[tuple[str, bytes]]:
     """Label and text of each PEM block (RFC 7468), line ends made plain; in one pass, whatever the text holds."""
-    at = 0
-    while begin := PEM_BEGIN.search(pem, at):
+    at, label = 0, re.compile(PEM_BEGIN)
+    while begin := label.search(pem, at):
         closing = b"-----END " + begin[1] + b"-----"
         stop = pem.find(closing, begin.end())
         if stop < 0:
@@ -1411,7 +1424,7 @@ def host_name(text: str) -> str:
     if not name.isascii():
         name = name.encode("idna").decode()
     labels = name[2:].split(".") if name.startswith("*.") else name.split(".")
-    if len(name) > 253 or not all(HOST_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+    if len(name) > 253 or not all(re.fullmatch(HOST_LABEL, label) for label in labels) or labels[-1].isdigit():
         raise ValueError(f"{printable(text)!r} is neither a host name nor an IP address")
     return name
 
@@ -1547,7 +1560,7 @@ KNOWN_SERVERS = {
 }
 CHALLENGE_TYPES = ("http-01", "dns-01", "tls-alpn-01", "dns-persist-01")
 HOOK_FAMILIES = ("uacme", "dehydrated", "certbot", "lego", "mod_md")
-SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SAFE_NAME = "[A-Za-z0-9_][A-Za-z0-9._-]*"
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 INI_HEAD = """\
 # wucme.ini: settings of wucme.py; see wucme.py --help.
@@ -1704,7 +1717,7 @@ a_renewal = of_form("auto|never|0*[1-9][0-9]?%|[0-9]{1,9}[smhd]?",
 a_count = of_form("[0-9]+", "must be a whole number", int)
 a_number = of_form("0*[1-9][0-9]*", "must be a whole number, at least 1", int)
 a_flag = of_form("(?i:yes|no)", "must be yes or no", lambda text: text.lower() == "yes")
-a_label = of_form(f"({SAFE_NAME.pattern})?", "only letters, digits, '.', '_' and '-' can be used", str)
+a_label = of_form(f"({SAFE_NAME})?", "only letters, digits, '.', '_' and '-' can be used", str)
 a_key_kind = of_form("|".join(KEY_KINDS), f"must be one of {', '.join(KEY_KINDS)}", str)
 an_hmac = of_form("HS(256|384|512)", "must be HS256, HS384 or HS512", str)     # RFC 7518 section 3.2
 a_challenge = of_form("|".join(CHALLENGE_TYPES), f"must be of {', '.join(CHALLENGE_TYPES)}", str)
@@ -1968,7 +1981,7 @@ def read_section(source: Source, title: str, texts: Mapping[str, str], default: 
     texts = {**texts, "names": texts.get("names") or title}
     own = pick(CertificateScope, read_texts(source, title, texts, CertificateScope), given)
     label = file_label(title)
-    if not SAFE_NAME.fullmatch(label) or reserved(label):
+    if not re.fullmatch(SAFE_NAME, label) or reserved(label):
         raise SettingsError(f"{source.where(title)}: [{title}] cannot be a file name; use letters, digits, "
                             "'.', '_' and '-', not account or account_*")
     return Section(title, default._replace(**own), frozenset(own))
@@ -2003,7 +2016,7 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
         kind, _, name = title.partition(" ")
         label = file_label(title)
         if kind == "server" and name:
-            if not SAFE_NAME.fullmatch(name):
+            if not re.fullmatch(SAFE_NAME, name):
                 raise SettingsError(f"{source.where(title)}: [{title}]: only letters, digits, '.', '_' and '-' can be "
                                     "used")
             own = read_texts(source, title, body, ServerScope)
@@ -2014,7 +2027,7 @@ def read_settings(source: Source, options: Mapping[str, str]) -> Settings:
         else:
             sections[label] = read_section(source, title, body, default, given)
     directory = run.directory or default_directory()
-    run = run._replace(directory=directory, log=run.log or os.path.join(directory, "wucme.log"),
+    run = run._replace(directory=directory, log=run.log or os.path.join(directory, LOG),
                        host=run.host or os.uname().nodename)
     lists = {line: title for title, body in [*texts.items(), ("wucme", common), ("", options)]
              for line in some_lines(body.get("load", ""))}
@@ -2128,10 +2141,6 @@ def settings_help() -> str:
 # Looks, and changes nothing. What a certificate said is remembered with size, time and inode of its
 # files, so that a run with nothing to do parses none.
 
-CERTIFICATE_FILE = re.compile(r"wucme_c_(.+)\.pem", re.I | re.S)
-OWN_FILE = re.compile(r"wucme\.(log|lock)|wucme_[sl]_.*\.json|.*_tmp", re.I | re.S)
-
-
 class Memory(NamedTuple):
     """What is remembered of one certificate between runs."""
     chain: str = ""                 # signature of the chain file that `facts` were read from
@@ -2151,6 +2160,12 @@ class Memory(NamedTuple):
     about: str = ""                 # ARI: where the CA explains it
     ask_at: float = 0.0             # ARI: when to ask again
     revoked: str = ""               # fingerprint of a certificate that we revoked
+
+    @property
+    def settled(self) -> bool:
+        """Whether no attempt is under way, and none went wrong."""
+        return not (self.order or self.order_server or self.problem or self.failures or self.retry_at
+                    or self.held_until)
 
 
 MEMORY_TYPES = {key: type(default) for key, default in Memory._field_defaults.items()}
@@ -2190,9 +2205,10 @@ class Entry(NamedTuple):
 
 
 class Inventory(NamedTuple):
-    """The directory as it was found: how many files, and its certificates by NAME."""
+    """The directory as it was found: how many files, its certificates by NAME, and the files not made live."""
     files: int
     entries: dict[str, Entry]
+    waiting: Sequence[str] = ()
 
 
 def state_path(directory: str, name: str) -> str:
@@ -2209,6 +2225,8 @@ def read_memory(path: str) -> Memory:
             and abs(about[1]) + abs(about[2]) < 1e15:
         about[3], about[7] = sys.intern(about[3]), sys.intern(about[7])     # many have the same issuer and kind of key
         kept["facts"] = Facts(tuple(about[0]), *about[1:])
+        if kept.get("key_hash") == about[6]:
+            kept["key_hash"] = about[6]             # one copy is enough
     if isinstance(names, list) and {*map(type, names)} <= {str}:
         kept["names"] = tuple(names)
     if isinstance(window, list) and list(map(type, window)) == [float] * 3:
@@ -2236,8 +2254,8 @@ def look(entry: Entry) -> Entry:
     about = memory.facts
     if about and not about.names and not entry.wanted.names:
         fault, blocked = f"{entry.chain}: names nothing in its subjectAltName; declare it, with names = ...", True
-    return entry._replace(memory=memory, facts=about, fault=fault, blocked=blocked, guarded=guarded,
-                          fits=not fault and about is not None and memory.key_hash == about.key)
+    fits = not fault and about is not None and memory.key_hash == about.key
+    return Entry(*entry[:3], memory, *entry[4:7], about, fits, fault, blocked, guarded)
 
 
 def key_spelling(name: str) -> str:
@@ -2248,19 +2266,23 @@ def key_spelling(name: str) -> str:
 def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
     """Every certificate of a directory, found or declared; other files are counted and left alone."""
     found: list[str] = []
+    waiting: list[str] = []
     keys: dict[str, str] = {}
     files = 0
     with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext(()) as listing:
         for item in listing:
             name = item.name
-            if item.is_dir(follow_symlinks=False) or OWN_FILE.fullmatch(name):
-                continue
-            files += 1
-            kind = name[:8].lower()
-            if kind == "wucme_k_":
-                keys[name.lower()] = name
-            elif kind == "wucme_c_" and CERTIFICATE_FILE.fullmatch(name) and not reserved(name[8:-4].lower()):
-                found.append(name)
+            plain = name.lower()
+            kind, end = plain[:8], plain[-4:]
+            if end == "_tmp":
+                waiting.append(name)
+            elif not ((kind in ("wucme_s_", "wucme_l_") and plain.endswith(".json")) or plain in (LOG, LOCK)
+                      or item.is_dir(follow_symlinks=False)):
+                files += 1
+                if kind == "wucme_k_":
+                    keys[plain] = name
+                elif kind == "wucme_c_" and end == ".pem" and len(plain) > 12 and not reserved(plain[8:-4]):
+                    found.append(name)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
     declared = set()
@@ -2268,7 +2290,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         stem = name[8:-4].lower()
         section = by_stem.get(stem)
         key = key_spelling(name)
-        key = keys.get(key.lower(), key)
+        key = keys.pop(key.lower(), key)
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
         entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
@@ -2280,7 +2302,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
             memory = read_memory(state_path(directory, label))
             entries[label] = Entry(label, paths[0], section.values.csr or paths[1], memory, memory, section.values,
                                    section.own)
-    return Inventory(files, entries)
+    return Inventory(files, entries, tuple(waiting))
 
 
 # === 7. plan: which certificates are due =======================================================
@@ -2400,7 +2422,7 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
 def too_rare(entries: Iterable[Entry], runs: Sequence[float]) -> Iterator[str]:
     """What to say of each certificate that could expire between two runs, so rarely do they come."""
     gap = min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
-    for entry in entries:
+    for entry in entries if gap > 0 else ():
         room = entry.facts.not_after - due_at(entry) if entry.facts else 0.0
         if 0 < room < 2 * gap:
             yield (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
@@ -2726,7 +2748,7 @@ def respond(environ: Mapping[str, str]) -> bytes:
     directory = texts.get("wucme", {}).get("directory") or environ.get("WUCME_DIRECTORY") or "/etc/wucme"
     method, body = environ.get("REQUEST_METHOD"), b""
     _, found, token = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).rpartition(WELL_KNOWN)
-    if found and TOKEN.fullmatch(token) and method in ("GET", "HEAD"):
+    if found and re.fullmatch(BASE64URL, token) and method in ("GET", "HEAD"):
         with contextlib.suppress(WucmeError):
             body = read(os.path.join(a_path(directory), "tokens", token), REQUEST_BYTES)
     head = (f"Status: {'200 OK' if body else '404 Not Found'}\r\nContent-Type: application/octet-stream\r\n"
@@ -3412,7 +3434,7 @@ class Client:
             self.idle.append(http)
         log.detail(f"{method} {url}: {response.status}")
         nonce = response.headers.get("Replay-Nonce") or ""
-        if TOKEN.fullmatch(nonce):
+        if re.fullmatch(BASE64URL, nonce):
             self.nonces.append(nonce)
         if 300 <= response.status < 400:
             self.known = {}
@@ -3627,7 +3649,7 @@ class Client:
             token = ""
         elif token is None:
             return None
-        elif not isinstance(token, str) or not TOKEN.fullmatch(token) or len(token) > 200:      # it names files
+        elif not isinstance(token, str) or not re.fullmatch(BASE64URL, token) or len(token) > 200:      # it names files
             raise ProtocolError(f"{self.url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
         return Challenge(kind, self.own_url(found.get("url"), "challenge"), token, str(found.get("status")),
                          error if isinstance(error, dict) else {}, found)
@@ -3887,14 +3909,14 @@ def remember(directory: str, entry: Entry, **changes: Any) -> Entry:
     return entry._replace(memory=memory, written=memory)
 
 
-def sweep(directory: str) -> list[str]:
+def sweep(directory: str, waiting: Iterable[str]) -> list[str]:
     """Delete what a killed run left: files never made live, and published tokens; a key whose order goes on stays."""
-    stale = [os.path.join(directory, name) for name in os.listdir(directory)
+    stale = [os.path.join(directory, name) for name in waiting
              if name[:6].lower() == "wucme_" and name.endswith("_tmp") and not (name[6:8].lower() == "k_" and (
                  reserved(name[8:-8].lower()) or read_memory(state_path(directory, name[8:-8])).order))]
     tokens = os.path.join(directory, "tokens")
     if os.path.isdir(tokens) and not os.path.islink(tokens):
-        stale += [os.path.join(tokens, name) for name in os.listdir(tokens) if TOKEN.fullmatch(name)]
+        stale += [os.path.join(tokens, name) for name in os.listdir(tokens) if re.fullmatch(BASE64URL, name)]
     gone = []
     for path in stale:
         with contextlib.suppress(OSError):      # not ours: a directory, say
@@ -3925,7 +3947,7 @@ def account_files(directory: str, server: str, url: str, first: bool) -> Account
 # An item is owed by this host as long as the certificate on disk is not the one that it last did
 # with success. There is no other way in which anything is loaded.
 
-UNIT = re.compile(r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*")
+UNIT = r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*"
 # postfix check tells its log alone what is wrong.
 POSTFIX_TEST = 'postconf >/dev/null || exit; postfix check || { echo "see the log of postfix"; exit 1; }'
 
@@ -3969,7 +3991,7 @@ def parse_standard(rest: str) -> Parsed:
     words = rest.split()
     if not words:
         return tuple(name for name, kind in STANDARD.items() if kind.web), {}
-    if rest in STANDARD or (words[0] == "systemd" and len(words) == 2 and UNIT.fullmatch(words[1])):
+    if rest in STANDARD or (words[0] == "systemd" and len(words) == 2 and re.fullmatch(UNIT, words[1])):
         return tuple(words), {}
     known = [*STANDARD, "systemd UNIT"]
     raise ValueError(f"no such server{nearest(rest, known)} (there are {', '.join(known)})")
@@ -4101,11 +4123,14 @@ class Ledger:
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
         """Drop the items that no list has any more."""
-        kept = {name: {text: about for text, about in items.items() if text in entries[name].wanted.load}
-                for name, items in self.records.items() if name in entries}
-        left = {name: items for name, items in kept.items() if items}
-        self.changed = self.changed or left != self.records
-        self.records = left
+        for name, items in list(self.records.items()):
+            wanted = entries[name].wanted.load if name in entries else ()
+            for text in [text for text in items if text not in wanted]:
+                del items[text]
+                self.changed = True
+            if not items:
+                del self.records[name]
+                self.changed = True
 
     def save(self) -> None:
         """Write it, if anything in it is new."""
@@ -4501,7 +4526,6 @@ def metrics_text(about: Json) -> str:
 
 # === 13. run: the one place that knows the order =================================================
 
-LOCK = "wucme.lock"
 DEADLINES = 30                  # the time in which a run may begin to obtain certificates, in deadlines of one
 TRUST = "trust"                 # the alarm, of no item, that others may change what root trusts
 ALARM_SECONDS = 23 * 3600.0     # a day, less what cron may be early
@@ -4599,7 +4623,7 @@ def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inven
     for entry in inventory.entries.values():
         for text in dict.fromkeys([text for text in entry.wanted.load if text[0] == ">"]):
             path, fault = destination(items[text], entry), ""
-            if os.path.dirname(path) == settings.run.directory:
+            if path.rpartition("/")[0] == settings.run.directory:
                 fault = "is in wucme's own directory"
             elif path in taken:
                 fault = (f"would be written for {taken[path].title} and for {entry.title}; put {{name}} into it, or "
@@ -4613,13 +4637,15 @@ def check_copies(settings: Settings, items: Mapping[str, Item], inventory: Inven
 def choose(inventory: Inventory, names: Sequence[str]) -> list[Entry]:
     """The certificates that names mean, all for none; SettingsError for a name that means none."""
     entries = list(inventory.entries.values())
+    if not names:
+        return entries
     # Two may be for one name: the one that is called so goes first.
     known = {**{entry.title: entry for entry in entries}, **{entry.name.replace("_", "."): entry for entry in entries},
              **inventory.entries}
     for name in names:
         if name.lower() not in known:
             raise SettingsError(f"{printable(name)}: no such certificate{nearest(name.lower(), known)}")
-    return list({known[name.lower()].name: known[name.lower()] for name in names}.values()) if names else entries
+    return list({known[name.lower()].name: known[name.lower()] for name in names}.values())
 
 
 def run_mark(now: float) -> str:
@@ -5184,9 +5210,10 @@ def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: 
 
 def examine(inventory: Inventory, request: Request, now: float) -> list[Decision]:
     """What to do about each certificate; one that was not asked for is not due."""
+    if not request.names:
+        return [decide(entry, now, False, request.force) for entry in inventory.entries.values()]
     chosen = {entry.name for entry in choose(inventory, request.names)}
-    named = chosen if request.names else set()
-    decisions = [decide(entry, now, entry.name in named, request.force and entry.name in chosen)
+    decisions = [decide(entry, now, True, request.force) if entry.name in chosen else decide(entry, now)
                  for entry in inventory.entries.values()]
     return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
 
@@ -5194,7 +5221,8 @@ def examine(inventory: Inventory, request: Request, now: float) -> list[Decision
 def pass_by(decision: Decision, run: RunScope, now: float) -> Outcome:
     """See to a certificate that is not due: what a stopped run left is ended, and what went wrong forgotten."""
     entry, outcome = decision.entry, Outcome(decision.entry.title, "held" if decision.held else "current")
-    settled = entry.memory._replace(**SETTLED) if entry.whole and not decision.reason else entry.memory
+    calm = entry.memory.settled or decision.reason or not entry.whole
+    settled = entry.memory if calm else entry.memory._replace(**SETTLED)
     if settled == entry.written and not entry.fault:
         return outcome
     try:
@@ -5233,7 +5261,7 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
 def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
     """Finish or undo what a run that was stopped left behind."""
     directory = settings.run.directory
-    for path in sweep(directory):
+    for path in sweep(directory, inventory.waiting):
         log(f"removed {path}, left by a run that was stopped")
     answers = Answers(directory)
     for name in os.listdir(answers.directory) if os.path.isdir(answers.directory) else ():
@@ -5523,6 +5551,7 @@ After=network-online.target
 
 [Service]
 Type=oneshot
+WorkingDirectory={}
 ExecStart={}
 TimeoutStartSec={:.0f}
 PrivateTmp=true
@@ -5559,7 +5588,26 @@ def unit_word(text: str) -> str:
     return text if re.fullmatch("[-A-Za-z0-9/._%=]+", text) else f'"{text}"'
 
 
-def service(settings: Settings, items: Mapping[str, Item], argv: Sequence[str]) -> str:
+class Launch(NamedTuple):
+    """How a run is started: where, and by which words."""
+    directory: str
+    argv: Sequence[str]
+
+
+def module_name(script: str) -> str:
+    """The name by which Python can start a script as a module, which it keeps compiled; "" if it has none."""
+    name, _, end = os.path.basename(script).rpartition(".")
+    return name if end == "py" and name.isidentifier() else ""
+
+
+def launch_of(settings: Settings, script: str) -> Launch:
+    """How to start a run of this script with this ini, with as little to compile as can be."""
+    module, ini = module_name(script), settings.source.path
+    return Launch(os.path.dirname(script), [sys.executable, *(["-m", module] if module else [script]),
+                                           *(["--ini", ini] if ini else [])])
+
+
+def service(settings: Settings, items: Mapping[str, Item], launch: Launch) -> str:
     """The unit of a run: it may do as little as the settings allow."""
     run = settings.run
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
@@ -5572,23 +5620,25 @@ def service(settings: Settings, items: Mapping[str, Item], argv: Sequence[str]) 
                  *(path for scope in scopes for path in scope.webroot)]
         confined = STRICT.format(" ".join(unit_word(f"-{path}") for path in dict.fromkeys(paths)))
     limit = run.lock_wait + 2 * DEADLINES * run.deadline + len(items) * settings.default.load_timeout
-    return SERVICE.format(" ".join(unit_word(word).replace("$", "$$") for word in argv), limit, confined)
+    return SERVICE.format(launch.directory.replace("%", "%%"),
+                          " ".join(unit_word(word).replace("$", "$$") for word in launch.argv), limit, confined)
 
 
-def by_systemd(settings: Settings, argv: Sequence[str]) -> Schedule:
+def by_systemd(settings: Settings, launch: Launch) -> Schedule:
     """A timer of systemd."""
     if os.geteuid() != 0:
         raise SettingsError("timer: only root can install a unit of systemd; timer cron takes your own crontab")
-    texts = {f"{UNITS}/wucme.service": service(settings, load_items(settings), argv), f"{UNITS}/wucme.timer": TIMER}
+    texts = {f"{UNITS}/wucme.service": service(settings, load_items(settings), launch), f"{UNITS}/wucme.timer": TIMER}
     return Schedule(texts, [("systemctl", "daemon-reload"), ("systemctl", "enable", "--now", "wucme.timer")],
                     f"systemctl disable --now wucme.timer; rm {' '.join(texts)}; systemctl daemon-reload")
 
 
-def by_cron(settings: Settings, argv: Sequence[str]) -> Schedule:
+def by_cron(settings: Settings, launch: Launch) -> Schedule:
     """A line for cron, in a table of the system or of the user."""
     import shlex
     when = f"{1 + int(58 * own_share(settings.run, 'timer'))} * * * *"      # not at :00, when everybody comes
-    line, root, then = shlex.join(argv).replace("%", r"\%"), os.geteuid() == 0, []
+    line = f"cd {shlex.quote(launch.directory)} && {shlex.join(launch.argv)}".replace("%", r"\%")
+    root, then = os.geteuid() == 0, []
     if root and os.path.exists(f"{UNITS}/wucme.timer"):
         then.append(("systemctl", "disable", "--now", "wucme.timer"))
     if root and os.path.isdir(os.path.dirname(CRON_FILE)):
@@ -5611,8 +5661,9 @@ def other_tables(script: str, world: World) -> Iterator[str]:
     with contextlib.suppress(OSError):
         tables.update({path: read_table(path) for path in (os.path.join(folder, name) for name in os.listdir(folder))})
     tables[OWN_TABLE] = world.command(("crontab", "-l"), child_environment(), 60.0).output
+    marks = [script, *(f"-m {module}" for module in [module_name(script)] if module)]
     return (name for name, lines in tables.items() if name != CRON_FILE
-            and any(script in line.partition("#")[0] and not line.endswith(OWN_LINE) for line in lines))
+            and any(mark in line.partition("#")[0] and not line.endswith(OWN_LINE) for line in lines for mark in marks))
 
 
 def timer(settings: Settings, request: Request, world: World) -> list[str]:
@@ -5621,14 +5672,14 @@ def timer(settings: Settings, request: Request, world: World) -> list[str]:
         raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
     form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
     script = os.path.abspath(__file__)
-    argv = [sys.executable, script, *(["--ini", settings.source.path] if settings.source.path else [])]
-    plan = (by_systemd if form == "systemd" else by_cron)(settings, argv)
+    plan = (by_systemd if form == "systemd" else by_cron)(settings, launch_of(settings, script))
     if not request.install:
         return [*(f"# {path}\n{text}" for path, text in plan.texts.items()),
                 f"# to put that in place: timer {form} --install"]
     for table in other_tables(script, world):
         raise FileError(f"{table} has wucme run already; take that out, then try again")
     make_directory(settings.run.directory)
+    compile_ahead(script)
     for path, text in plan.texts.items():
         if path != OWN_TABLE:
             replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
@@ -5657,7 +5708,7 @@ def open_log(run: RunScope) -> None:
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 VISIT_SECONDS = 5.0
 REDIRECTS = 10                  # that CAs follow
-CAA_RECORD = re.compile(r'[0-9]+ (issue|issuewild) "([^";]*).*"', re.I)
+CAA_RECORD = r'(?i)[0-9]+ (issue|issuewild) "([^";]*).*"'
 
 
 class Finding(NamedTuple):
@@ -5787,7 +5838,7 @@ def caa_tags(case: Case, name: str) -> tuple[str, list[tuple[str, str]]]:
     while at:
         lines = [line for line in ask_dns(case.task, "CAA", f"{at}.") if not line.endswith(".")]
         if lines:
-            matches = (CAA_RECORD.fullmatch(line) for line in lines)
+            matches = (re.fullmatch(CAA_RECORD, line) for line in lines)
             return at, [(found[1].lower(), found[2].strip().lower()) for found in matches if found]
         at = at.partition(".")[2]
     return "", []
@@ -6335,8 +6386,8 @@ def argument_parser() -> argparse.ArgumentParser:
             hint = nearest(word, self._option_string_actions) if word.startswith("--") else ""
             raise SettingsError(f"{message}{hint} (see --help)")
 
-    # Without a width argparse would ask for that of the terminal, once for each option.
-    parser = Parser(prog="wucme.py", add_help=False, allow_abbrev=False,
+    # Else argparse makes a usage of all options in each run, and asks for the terminal's width once for each.
+    parser = Parser(usage="wucme.py [VERB] [NAME...] [OPTION...]", add_help=False, allow_abbrev=False,
                     formatter_class=functools.partial(argparse.HelpFormatter, width=99))
     parser.add_argument("verb", nargs="?", default="run")
     parser.add_argument("names", nargs="*")
@@ -6429,7 +6480,8 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     common = {key: text for key, text in options.items()
               if verb != "issue" or key not in CertificateScope._field_defaults}
     settings = read_settings(read_source("" if fresh else find_ini(named)), common)
-    for path in (os.path.abspath(__file__), settings.run.directory):
+    kept = getattr(__spec__, "cached", None)        # what Python made of this file when it was a module
+    for path in (os.path.abspath(__file__), *([kept] if kept else []), settings.run.directory):
         if fault := anyone_may_write(path):
             raise SettingsError(fault)
     request = Request(**pick(Request, arguments, {"names": names, "options": options, "ini": named,
