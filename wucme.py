@@ -354,6 +354,12 @@ def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
     thread.join()
 
 
+def get_ready_to_dial() -> None:
+    """Import what a connection is begun with, while no other thread is held up by that, or holds it up."""
+    import importlib
+    importlib.import_module("socket")
+
+
 def timed(kind: Any) -> Any:
     """A kind of socket that gives up at its `until` however slowly bytes drip in."""
     def recv_into(self: Any, *args: Any, **more: Any) -> Any:
@@ -365,7 +371,8 @@ def timed(kind: Any) -> Any:
 
 def dial(until: float, at: tuple[str, int], *_: Any) -> Any:
     """A plain connection that gives up at `until`; each address of the host has its share of the time."""
-    addresses = socket.getaddrinfo(*at, type=socket.SOCK_STREAM)
+    host: Any = at[0].encode() if at[0].isascii() else at[0]       # bytes spare it the tables of IDNA
+    addresses = socket.getaddrinfo(host, at[1], type=socket.SOCK_STREAM)
     while True:
         family, kind, protocol, _name, address = addresses.pop(0)
         with contextlib.ExitStack() as stack:
@@ -5049,6 +5056,7 @@ def renew_all(due: Iterable[Entry], settings: Settings, clients: Clients, now: f
         yield entry, Outcome(entry.title, "held")
     answers, begun, jobs = Answers(run.directory), {}, []
     # The CAs are called while listeners and keys are seen to.
+    get_ready_to_dial()
     calls = functools.partial(touch, clients.reach, [preference(entry, settings)[0] for entry in urgent])
     with beside(calls), listening(urgent, answers) as refused:
         for entry in urgent:
