@@ -270,7 +270,8 @@ class Log:
         self.live = False           # at a terminal: each line at once
         self.loud = 0               # verbose: details too
         self.quiet = False          # only what went wrong is printed
-        self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
+        self.held: list[str] = []   # not at a terminal: lines that may be printed at the end,
+        self.news = False           # or at once, when it is sure that they will be
 
     def __call__(self, text: str, wrong: bool = False) -> None:
         """Write one line for one event; `wrong` is what even --quiet prints."""
@@ -284,6 +285,8 @@ class Log:
             self.show(line)
         elif wrong or not self.quiet:
             self.held.append(line)
+            if self.news:
+                self.flush()
 
     def detail(self, text: str) -> None:
         """Write one line that only --verbose wants."""
@@ -5024,6 +5027,7 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
         if isinstance(result, BaseException):
             raise result
         found = store(result, run, run_mark(now), world.now())
+        log.news = True             # what thousands of certificates have to tell is not kept until the end
         if found.facts and now >= renewal_time(found.facts, found.wanted.renew):
             log(f"{entry.title}: the new certificate is due again at once: it lives shorter than renew expects; "
                 "every run will renew it", wrong=True)
