@@ -2289,8 +2289,8 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
             elif not ((kind in ("wucme_s_", "wucme_l_") and plain.endswith(".json")) or plain in (LOG, LOCK)
                       or item.is_dir(follow_symlinks=False)):
                 files += 1
-                if kind == "wucme_k_":
-                    keys[plain] = name
+                if kind == "wucme_k_" and end == ".pem":
+                    keys[plain[8:-4]] = name
                 elif kind == "wucme_c_" and end == ".pem" and len(plain) > 12 and not reserved(plain[8:-4]):
                     found.append(name)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
@@ -2299,13 +2299,13 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
     for name in sorted(found):
         stem = name[8:-4].lower()
         section = by_stem.get(stem)
-        key = key_spelling(name)
-        key = keys.pop(key.lower(), key)
+        key = keys.get(stem) or key_spelling(name)
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
         entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
                                    values, section.own if section else frozenset()))
-        declared.add(section.title if section else "")
+        if section:
+            declared.add(section.title)
     for label, section in sections.items():
         if section.title not in declared:
             paths = [os.path.join(directory, f"wucme_{kind}_{label}.pem") for kind in "ck"]
@@ -2399,8 +2399,8 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
         return
     if not entry.fits:
         yield entry.fault or "its key does not fit the certificate"
-    if changed(entry, about):
-        yield changed(entry, about)
+    if entry.own and (difference := changed(entry, about)):
+        yield difference
     if entry.memory.revoked == about.fingerprint and not entry.wanted.csr:      # else its user must make a new key
         yield "it was revoked"
     window = entry.memory.window
@@ -6523,7 +6523,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
             print(manual() if arguments["help"] else version())
             return 0
         need_cryptography()
-        log.clock, log.loud, log.quiet = world.now, int(arguments["verbose"]), arguments["quiet"]
+        log.clock, log.loud, log.quiet, log.news = world.now, int(arguments["verbose"]), arguments["quiet"], False
         log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
         settings, request = understand(arguments)
         return act(settings, request, world)
