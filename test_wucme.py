@@ -3689,9 +3689,9 @@ class TestLedger:
         news = [ledger.strike(self.ENTRY, "$ a", problem, NOW + at)
                 for at, problem in enumerate(["no", "no", "never", "", "", "no"])]
         assert news == [True, False, True, True, True, True]
-        assert ledger.records["x"]["$ a"] == wucme.Loaded("f", "no", NOW + 5)
+        assert ledger.records["$ a"]["x"] == wucme.Loaded("f", "no", NOW + 5)
         ledger.strike(self.ENTRY, "$ a", "other", NOW + 9)
-        assert ledger.records["x"]["$ a"].since == NOW + 5
+        assert ledger.records["$ a"]["x"].since == NOW + 5
 
     def test_a_failure_does_not_undo_what_was_loaded(self, tmp_path: Path) -> None:
         ledger = wucme.Ledger(str(tmp_path), "alpha")
@@ -3719,7 +3719,11 @@ class TestLedger:
             for item in ("+nginx", "$ a"):
                 ledger.strike(self.ENTRY._replace(name=name), item, "", NOW)
         ledger.forget({"x": entry(known(1, 0), load=("$ a",))})
-        assert {name: list(items) for name, items in ledger.records.items()} == {"x": ["$ a"]}
+        assert {item: list(held) for item, held in ledger.records.items()} == {"+nginx": [], "$ a": ["x"]}
+        ledger.save()
+        kept = json.loads(Path(ledger.path).read_text())["certificates"]
+        assert {name: list(items) for name, items in kept.items()} == {"x": ["$ a"]}
+        assert wucme.Ledger(str(tmp_path), "alpha").records == {"$ a": {"x": wucme.Loaded("f")}}
 
     def test_another_machine_owes_everything(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ledger = wucme.Ledger(str(tmp_path), "alpha")

@@ -2295,7 +2295,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
                     found.append(name)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
-    declared = set()
+    declared, nothing = set(), Entry._field_defaults["own"]
     for name in sorted(found):
         stem = name[8:-4].lower()
         section = by_stem.get(stem)
@@ -2303,7 +2303,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
         memory = read_memory(state_path(directory, stem))
         values = section.values if section else default
         entries[stem] = look(Entry(stem, f"{directory}/{name}", values.csr or f"{directory}/{key}", memory, memory,
-                                   values, section.own if section else frozenset()))
+                                   values, section.own if section else nothing))
         if section:
             declared.add(section.title)
     for label, section in sections.items():
@@ -4107,46 +4107,56 @@ class Ledger:
         self.stranger = bool(found) and found.get("machine") != self.machine
         tables: list[Any] = [found.get("certificates"), found.get("alarms")]
         held, told = (one if isinstance(one, dict) and not self.stranger else {} for one in tables)
-        self.records = {name: {text: Loaded(*about) for text, about in items.items() if is_row(about, str, str, float)}
-                        for name, items in held.items() if isinstance(items, dict)}
+        self.records: dict[str, dict[str, Loaded]] = {}     # by item, then by certificate
+        for name, items in held.items():
+            for text, about in items.items() if isinstance(items, dict) else ():
+                if is_row(about, str, str, float):
+                    self.records.setdefault(text, {})[name] = Loaded(*about)
         self.alarms = {text: Alarm(tuple(about[0]), about[1]) for text, about in told.items()
                        if is_row(about, list, float)}
         self.changed, self.told = self.stranger, dict(self.alarms)      # against the file
 
+    def done(self, entry: Entry, item: str) -> Loaded:
+        """What an item was last done for."""
+        return self.records.get(item, {}).get(entry.name, Loaded())
+
     def owes(self, entry: Entry, item: str) -> bool:
         """Whether an item is still to be done for the certificate on disk."""
-        done = self.records.get(entry.name, {}).get(item)
-        return entry.facts is not None and (done is None or done.fingerprint != entry.facts.fingerprint)
+        return entry.facts is not None and self.done(entry, item).fingerprint != entry.facts.fingerprint
+
+    def note(self, entry: Entry, item: str, about: Loaded) -> None:
+        """Put down how an item stands."""
+        self.changed = self.changed or self.done(entry, item) != about
+        self.records.setdefault(item, {})[entry.name] = about
 
     def strike(self, entry: Entry, item: str, problem: str, now: float) -> bool:
         """Note how an item ended; whether that is news. After a failed proof reloads are owed again."""
-        items = self.records.setdefault(entry.name, {})
-        known, before = dict(items), items.get(item, Loaded())
-        if problem:
-            items[item] = before._replace(problem=problem, since=before.since if before.problem else now)
+        before = self.done(entry, item)
+        if not problem:
+            self.note(entry, item, Loaded(entry.facts.fingerprint if entry.facts else ""))
         else:
-            items[item] = Loaded(entry.facts.fingerprint if entry.facts else "")
+            self.note(entry, item, before._replace(problem=problem, since=before.since if before.problem else now))
         if problem and item[0] == "?":
-            items.update({text: about._replace(fingerprint="") for text, about in items.items() if text[0] in "+?"})
-        self.changed = self.changed or items != known
+            for text in [text for text in self.records if text[:1] in ("+", "?") and entry.name in self.records[text]]:
+                self.note(entry, text, self.done(entry, text)._replace(fingerprint=""))
         return not problem or before.problem != problem
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
         """Drop the items that no list has any more."""
-        for name, items in list(self.records.items()):
-            wanted = entries[name].wanted.load if name in entries else ()
-            for text in [text for text in items if text not in wanted]:
-                del items[text]
-                self.changed = True
-            if not items:
-                del self.records[name]
+        for text, held in self.records.items():
+            for name in [name for name in held if name not in entries or text not in entries[name].wanted.load]:
+                del held[name]
                 self.changed = True
 
     def save(self) -> None:
         """Write it, if anything in it is new."""
         if self.changed or self.alarms != self.told:
-            about = {"machine": self.machine, "certificates": self.records, "alarms": self.alarms}
-            replace(self.path, json.dumps(about).encode())
+            by_name: dict[str, dict[str, Loaded]] = {}
+            for text, held in self.records.items():
+                for name, about in held.items():
+                    by_name.setdefault(name, {})[text] = about
+            content = {"machine": self.machine, "certificates": by_name, "alarms": self.alarms}
+            replace(self.path, json.dumps(content).encode())
             self.changed, self.told = False, dict(self.alarms)
 
 
@@ -5167,7 +5177,7 @@ def load_json(entry: Entry, items: Mapping[str, Item], ledger: Ledger) -> list[J
     """The load list of one certificate, as status --json has it."""
     found = []
     for text in (text for text in entry.wanted.load if concerns(items[text], entry)):
-        done = ledger.records.get(entry.name, {}).get(text, Loaded())
+        done = ledger.done(entry, text)
         found.append({"item": text, "state": "owed" if ledger.owes(entry, text) else "loaded",
                       "since": utc(done.since) if done.problem else None, "problem": done.problem})
     return found
