@@ -2746,6 +2746,8 @@ class Listener:
         """Listen no more."""
         for one in self.servers:
             if self.serving:
+                with contextlib.suppress(OSError):      # wakes its thread at once, where the kernel can
+                    one.socket.shutdown(socket.SHUT_RDWR)
                 one.shutdown()      # or its thread would poll a closed socket for ever
             one.server_close()
 
