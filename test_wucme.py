@@ -7920,9 +7920,12 @@ class TestTimer:
     @pytest.mark.parametrize("place", ["cron.d/other", "table"])
     def test_never_twice(self, tmp_path: Path, place: str) -> None:
         run = self.installer(tmp_path)
-        (tmp_path / place).write_text(f"#{tmp_path}/sbin/wucme.py\n# python3 -m wucme\n")
-        assert run("cron", "--install")[0] == 0
-        for command in (f"{tmp_path}/sbin/wucme.py", "cd /usr/local/sbin && python3 -m wucme"):
+        here = f"{tmp_path}/sbin"
+        for other in (f"#{here}/wucme.py", f"#cd {here} && python3 -m wucme", "cd /home/alice && python3 -m wucme",
+                      f"cd {here} && python3 -m wucme_exporter", f"cd {here}2 && python3 -m wucme"):
+            (tmp_path / place).write_text(f"{other}\n")
+            assert run("cron", "--install")[0] == 0, other
+        for command in (f"{here}/wucme.py", f"cd {here} && python3 -m wucme", f"cd '{here}'; python3 -mwucme --quiet"):
             (tmp_path / place).write_text(f"23 */6 * * * root {command}\n")
             for form, root in (("cron", True), ("systemd", True), ("cron", False)):
                 status, said = run(form, "--install", root=root)
@@ -7943,19 +7946,65 @@ class TestTimer:
         done = hourly()
         assert (done.status, f"# code object from '{made}'" in done.err) == (0, True)
         assert "0 certs, 0 renewed" in (tmp_path / "certificates" / "wucme.log").read_text()
-        if os.geteuid() == 0:           # who may change what was compiled may do what root may
-            made.parent.chmod(0o777)
-            done = hourly()
-            assert (done.status, f"anyone may write {made.parent}" in done.err) == (2, True)
+        assert (made.stat().st_mode & 0o777, made.parent.stat().st_mode & 0o777) == (0o644, 0o755), "for others too"
+        script = tmp_path / "sbin" / "wucme.py"
+        before = script.stat()
+        script.write_text(SOURCE.replace('VERSION = "1.0"', 'VERSION = "9.9"'))
+        os.utime(script, ns=(before.st_atime_ns, before.st_mtime_ns))
+        command += " --version"
+        assert hourly().out.startswith("wucme 9.9 "), "whatever its time says"
         made.unlink()
         made.parent.chmod(0o555)
         assert hourly().status == 0, "then it is compiled"
 
-    @pytest.mark.parametrize(("name", "words"), [("wucme.py", "-m wucme"), ("wucme", "/opt/wucme"),
-                                                 ("wucme-1.0.py", "/opt/wucme-1.0.py")])
-    def test_a_script_that_is_no_module_is_run_as_a_file(self, name: str, words: str) -> None:
-        launch = wucme.launch_of(wucme.read_settings(wucme.NOWHERE, {"directory": "/d"}), f"/opt/{name}")
-        assert launch == ("/opt", [sys.executable, *words.split()])
+    @pytest.mark.skipif(os.geteuid() != 0, reason="what root trusts")
+    def test_what_was_compiled_is_trusted_as_the_script_is(self, tmp_path: Path) -> None:
+        run = self.installer(tmp_path)
+        assert run("cron", "--install")[0] == 0
+        made = next((tmp_path / "sbin" / "__pycache__").iterdir())
+
+        def a_run() -> str:
+            done = subprocess.run([sys.executable, tmp_path / "sbin" / "wucme.py", "--ini", tmp_path / "w.ini"],
+                                  env=ENVIRONMENT, text=True, capture_output=True, check=False)
+            return done.stderr
+
+        assert a_run() == ""
+        for path, change, words in ((made.parent, lambda: os.chown(made.parent, NOBODY, 0), f"user {NOBODY}"),
+                                    (made.parent, lambda: made.parent.chmod(0o775), "group 0 may write it"),
+                                    (made, lambda: os.chown(made, NOBODY, 0), f"user {NOBODY}")):
+            change()
+            assert re.search(rf"others than root may change.*{re.escape(str(path))} \(.*{words}", a_run())
+            os.chown(made.parent, 0, 0)
+            made.parent.chmod(0o755)
+        made.parent.chmod(0o777)
+        status, said = run("cron", "--install")
+        assert (status, f"anyone may write {made.parent}" in said) == (2, True), "not only when it runs"
+
+    @pytest.mark.parametrize(("name", "words"), [("wucme.py", "-m wucme"), ("wucme", "{}/wucme"),
+                                                 ("wucme-1.0.py", "{}/wucme-1.0.py")])
+    def test_a_script_that_is_no_module_is_run_as_a_file(self, tmp_path: Path, name: str, words: str) -> None:
+        launch = wucme.launch_of(wucme.read_settings(wucme.NOWHERE, {"directory": "/d"}), f"{tmp_path}/{name}")
+        assert launch == (str(tmp_path), [sys.executable, *words.format(tmp_path).split()])
+
+    def test_modules_are_looked_for_beside_what_a_link_leads_to(self, tmp_path: Path) -> None:
+        (tmp_path / "link.py").symlink_to("opt/wucme.py")
+        found = wucme.launch_of(wucme.read_settings(wucme.NOWHERE, {"directory": "/d"}), f"{tmp_path}/link.py")
+        assert found == (f"{tmp_path}/opt", [sys.executable, "/".join([str(tmp_path), "link.py"])]), "not to be listed"
+        (tmp_path / "opt").mkdir()
+        found = wucme.launch_of(wucme.read_settings(wucme.NOWHERE, {"directory": "/d"}), f"{tmp_path}/link.py")
+        assert found == (f"{tmp_path}/opt", [sys.executable, "-m", "wucme"])
+
+    @pytest.mark.parametrize(("line", "word"), [("log = logs/w.log", "logs/w.log"), ("webroot = /a ../b", "../b"),
+                                                ("nsupdate = dns.key /x", "dns.key"), ("metrics = ~/m.prom", "")])
+    def test_paths_that_depend_on_where_it_is_started_are_refused(self, tmp_path: Path, line: str, word: str) -> None:
+        run = self.installer(tmp_path)
+        with (tmp_path / "w.ini").open("a") as ini:
+            ini.write(f"{line}\n")
+        status, said = run("cron")
+        if word:
+            assert said == (f"wucme: {tmp_path}/w.ini:4: {line}: timer needs whole paths, for {word} depends on where "
+                            "a run is started\n")
+        assert status == 2 * bool(word)
 
     @pytest.mark.parametrize("words", [("hourly",), ("cron", "systemd"), ("--load", "+nginx"), ("--backups", "9")])
     def test_what_it_does_not_take(self, tmp_path: Path, words: tuple[str, ...]) -> None:

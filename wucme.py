@@ -270,8 +270,7 @@ class Log:
         self.live = False           # at a terminal: each line at once
         self.loud = 0               # verbose: details too
         self.quiet = False          # only what went wrong is printed
-        self.held: list[str] = []   # not at a terminal: lines that may be printed at the end,
-        self.news = False           # or at once, when it is sure that they will be
+        self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
 
     def __call__(self, text: str, wrong: bool = False) -> None:
         """Write one line for one event; `wrong` is what even --quiet prints."""
@@ -285,8 +284,6 @@ class Log:
             self.show(line)
         elif wrong or not self.quiet:
             self.held.append(line)
-            if self.news:
-                self.flush()
 
     def detail(self, text: str) -> None:
         """Write one line that only --verbose wants."""
@@ -1073,11 +1070,19 @@ def lineage(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
         to_see.append((above, False))
 
 
+def compiled(path: str) -> str:
+    """Where Python keeps what it makes of a program that is started as a module."""
+    import importlib.util
+    return importlib.util.cache_from_source(path)
+
+
 def compile_ahead(path: str) -> None:
-    """Have Python keep what it makes of a program, where it may: who starts that as a module waits for no compiler."""
+    """Have Python keep what it makes of a program, if it may: for all, and as long as the program stays the same."""
     import py_compile
+    umask = os.umask(0o022)
     with contextlib.suppress(OSError):
-        py_compile.compile(path, quiet=2)
+        py_compile.compile(path, quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+    os.umask(umask)
 
 
 def anyone_may_write(path: str) -> str:
@@ -2290,7 +2295,7 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
                       or item.is_dir(follow_symlinks=False)):
                 files += 1
                 if kind == "wucme_k_" and end == ".pem":
-                    keys[plain[8:-4]] = name
+                    keys[name[8:-4].lower()] = name
                 elif kind == "wucme_c_" and end == ".pem" and len(plain) > 12 and not reserved(plain[8:-4]):
                     found.append(name)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
@@ -5039,7 +5044,6 @@ def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World)
         if isinstance(result, BaseException):
             raise result
         found = store(result, run, run_mark(now), world.now())
-        log.news = True             # what thousands of certificates have to tell is not kept until the end
         if found.facts and now >= renewal_time(found.facts, found.wanted.renew):
             log(f"{entry.title}: the new certificate is due again at once: it lives shorter than renew expects; "
                 "every run will renew it", wrong=True)
@@ -5282,6 +5286,13 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
         yield from renew_all(due, settings, clients, now)
 
 
+def dropped(items: list[T]) -> Iterator[T]:
+    """The items of a list in their order, each out of memory when nobody else has it."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
 def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
     """Finish or undo what a run that was stopped left behind."""
     directory = settings.run.directory
@@ -5304,7 +5315,8 @@ def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Itera
     """One warning, news once, if root trusts what a group or another user may change."""
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
     home = settings.run.directory
-    paths = [__file__, settings.source.path or __file__, home,
+    kept = compiled(os.path.abspath(__file__))
+    paths = [__file__, kept, os.path.dirname(kept), settings.source.path or __file__, home,
              *(entry.key for entry in entries if entry.wanted.csr or not entry.guarded),
              *(scope.hook.begin[0] for scope in scopes if scope.hook),
              *(item.argv[0] for item in items.values() if item.text[0] == "@")]
@@ -5339,9 +5351,10 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
             inventory = inventory._replace(entries={**inventory.entries, **told})
             decisions = examine(inventory, request, now)
         clean_up(inventory, settings, world)
-        tended = list(tend(decisions, settings, clients, now))
-        entries = {entry.name: entry for entry, _ in tended}
-        loads = []
+        entries, outcomes, loads = inventory.entries, [], []
+        for entry, outcome in tend(dropped(decisions), settings, clients, now):
+            entries[entry.name] = entry
+            outcomes.append(outcome)
         for warning in too_rare(entries.values(), runs):
             log(warning, wrong=True)
             loads.append(Outcome("", "warned", warning, True))
@@ -5350,7 +5363,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         loads += pay(duties(entries.values(), items, ledger.owes), run, ledger, world)
         loads += alarm(settings, items, ledger, world)
         loads += save(ledger)
-        report = Report(inventory.files, [outcome for _, outcome in tended], loads)
+        report = Report(inventory.files, outcomes, loads)
         log(report.tally())
     return report
 
@@ -5626,9 +5639,21 @@ def module_name(script: str) -> str:
 
 def launch_of(settings: Settings, script: str) -> Launch:
     """How to start a run of this script with this ini, with as little to compile as can be."""
-    module, ini = module_name(script), settings.source.path
-    return Launch(os.path.dirname(script), [sys.executable, *(["-m", module] if module else [script]),
-                                           *(["--ini", ini] if ini else [])])
+    real, ini = os.path.realpath(script), settings.source.path      # beside which Python looks for modules
+    directory, module = os.path.dirname(real), module_name(real)
+    how = ["-m", module] if module and os.access(directory, os.R_OK) else [script]
+    return Launch(directory, [sys.executable, *how, *(["--ini", ini] if ini else [])])
+
+
+def refuse_relative(source: Source) -> None:
+    """Refuse (SettingsError) an ini in which paths depend on where a run is started."""
+    for title, texts in parse_ini(source).items():
+        for key, text in texts.items():
+            kind, words = SETTINGS[key].kind, text.split()
+            for word in (words if kind is some_paths else words[:1]) if kind in WHOLE else ():
+                if word[0] not in "/~":
+                    raise SettingsError(f"{source.where(title, key)}: {key} = {printable(text)}: timer needs whole "
+                                        f"paths, for {word} depends on where a run is started")
 
 
 def service(settings: Settings, items: Mapping[str, Item], launch: Launch) -> str:
@@ -5679,15 +5704,21 @@ def read_table(path: str) -> list[str]:
     return []
 
 
+def runs(line: str, script: str) -> bool:
+    """Whether a line of a table of cron runs a script, as a file or as a module, and is not ours to replace."""
+    text = line.partition("#")[0]
+    as_module = rf"{re.escape(os.path.dirname(script))}(?![\w.-]).*\s-m\s*['\"]?{module_name(script) or '$'}(?![\w.])"
+    return bool(script in text or re.search(as_module, text)) and not line.endswith(OWN_LINE)
+
+
 def other_tables(script: str, world: World) -> Iterator[str]:
     """The tables of cron that run this script by a line that is not ours to replace."""
     tables, folder = {"/etc/crontab": read_table("/etc/crontab")}, os.path.dirname(CRON_FILE)
     with contextlib.suppress(OSError):
         tables.update({path: read_table(path) for path in (os.path.join(folder, name) for name in os.listdir(folder))})
     tables[OWN_TABLE] = world.command(("crontab", "-l"), child_environment(), 60.0).output
-    marks = [script, *(f"-m {module}" for module in [module_name(script)] if module)]
     return (name for name, lines in tables.items() if name != CRON_FILE
-            and any(mark in line.partition("#")[0] and not line.endswith(OWN_LINE) for line in lines for mark in marks))
+            and any(runs(line, path) for line in lines for path in (script, os.path.realpath(script))))
 
 
 def timer(settings: Settings, request: Request, world: World) -> list[str]:
@@ -5696,14 +5727,17 @@ def timer(settings: Settings, request: Request, world: World) -> list[str]:
         raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
     form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
     script = os.path.abspath(__file__)
-    plan = (by_systemd if form == "systemd" else by_cron)(settings, launch_of(settings, script))
+    refuse_relative(settings.source)
+    launch = launch_of(settings, script)
+    plan = (by_systemd if form == "systemd" else by_cron)(settings, launch)
     if not request.install:
         return [*(f"# {path}\n{text}" for path, text in plan.texts.items()),
                 f"# to put that in place: timer {form} --install"]
     for table in other_tables(script, world):
         raise FileError(f"{table} has wucme run already; take that out, then try again")
     make_directory(settings.run.directory)
-    compile_ahead(script)
+    if "-m" in launch.argv:
+        compile_ahead(os.path.realpath(script))
     for path, text in plan.texts.items():
         if path != OWN_TABLE:
             replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
@@ -6504,8 +6538,8 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     common = {key: text for key, text in options.items()
               if verb != "issue" or key not in CertificateScope._field_defaults}
     settings = read_settings(read_source("" if fresh else find_ini(named)), common)
-    kept = getattr(__spec__, "cached", None)        # what Python made of this file when it was a module
-    for path in (os.path.abspath(__file__), *([kept] if kept else []), settings.run.directory):
+    script = os.path.abspath(__file__)
+    for path in (script, compiled(script), settings.run.directory):
         if fault := anyone_may_write(path):
             raise SettingsError(fault)
     request = Request(**pick(Request, arguments, {"names": names, "options": options, "ini": named,
@@ -6535,7 +6569,7 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
             print(manual() if arguments["help"] else version())
             return 0
         need_cryptography()
-        log.clock, log.loud, log.quiet, log.news = world.now, int(arguments["verbose"]), arguments["quiet"], False
+        log.clock, log.loud, log.quiet = world.now, int(arguments["verbose"]), arguments["quiet"]
         log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
         settings, request = understand(arguments)
         return act(settings, request, world)
