@@ -7969,13 +7969,13 @@ class TestTimer:
             return done.stderr
 
         assert a_run() == ""
-        for path, change, words in ((made.parent, lambda: os.chown(made.parent, NOBODY, 0), f"user {NOBODY}"),
-                                    (made.parent, lambda: made.parent.chmod(0o775), "group 0 may write it"),
-                                    (made, lambda: os.chown(made, NOBODY, 0), f"user {NOBODY}")):
-            change()
+        for path, user, mode, words in ((made.parent, NOBODY, 0o755, f"user {NOBODY}"),
+                                        (made.parent, 0, 0o775, "group 0 may write it"), (made, NOBODY, 0o644, "user")):
+            os.chown(path, user, 0)
+            path.chmod(mode)
             assert re.search(rf"others than root may change.*{re.escape(str(path))} \(.*{words}", a_run())
-            os.chown(made.parent, 0, 0)
-            made.parent.chmod(0o755)
+            os.chown(path, 0, 0)
+            path.chmod(0o755)
         made.parent.chmod(0o777)
         status, said = run("cron", "--install")
         assert (status, f"anyone may write {made.parent}" in said) == (2, True), "not only when it runs"
