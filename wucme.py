@@ -156,13 +156,15 @@ else:
         """A module that is imported when something of it, or of these parts, is first used."""
 
         def __init__(self, name: str, *parts: str) -> None:
-            self.name = name
+            self.name, self.module = name, None
             for part in parts:
                 setattr(self, part, Later(f"{name}.{part}"))
 
         def __getattr__(self, name: str) -> Any:
-            import importlib
-            return getattr(importlib.import_module(self.name), name)
+            if self.module is None:
+                import importlib
+                self.module = importlib.import_module(self.name)
+            return getattr(self.module, name)
 
     queue, socket, ssl, subprocess, tempfile, threading = (
         Later(name) for name in ("queue", "socket", "ssl", "subprocess", "tempfile", "threading"))
