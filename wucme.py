@@ -2240,10 +2240,11 @@ def read_memory(path: str) -> Memory:
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
     if isinstance(about, list) and list(map(type, about)) == FACTS_TYPES and {*map(type, about[0])} <= {str} \
             and abs(about[1]) + abs(about[2]) < 1e15:
-        about[3], about[7] = sys.intern(about[3]), sys.intern(about[7])     # many have the same issuer and kind of key
-        kept["facts"] = Facts(tuple(about[0]), *about[1:])
+        # One copy is enough of what others say too: file names, other certificates, the ledger.
+        about[3], about[5], about[7] = sys.intern(about[3]), sys.intern(about[5]), sys.intern(about[7])
+        kept["facts"] = Facts(tuple(map(sys.intern, about[0])), *about[1:])
         if kept.get("key_hash") == about[6]:
-            kept["key_hash"] = about[6]             # one copy is enough
+            kept["key_hash"] = about[6]
     if isinstance(names, list) and {*map(type, names)} <= {str}:
         kept["names"] = tuple(names)
     if isinstance(window, list) and list(map(type, window)) == [float] * 3:
@@ -2280,6 +2281,13 @@ def key_spelling(name: str) -> str:
     return f"{name[:6]}{'K' if name[6] == 'C' else 'k'}{name[7:]}"
 
 
+def dropped(items: list[T]) -> Iterator[T]:
+    """The items of a list in their order, each out of memory when nobody else has it."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
 def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
     """Every certificate of a directory, found or declared; other files are counted and left alone."""
     found: list[str] = []
@@ -2303,8 +2311,9 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
     declared, nothing = set(), Entry._field_defaults["own"]
-    for name in sorted(found):
-        stem = name[8:-4].lower()
+    found.sort()
+    for name in dropped(found):
+        stem = sys.intern(name[8:-4].lower())
         section = by_stem.get(stem)
         key = keys.get(stem) or key_spelling(name)
         memory = read_memory(state_path(directory, stem))
@@ -2428,12 +2437,14 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
     if forced:
         return Decision(entry, True, "forced", at)
     reason = next(reasons(entry, now, at), "")
+    if not reason:
+        return Decision(entry, False, "", at)
     waits = (entry.memory.held_until, 0.0 if named else entry.memory.retry_at)
     # What lies farther ahead was written when the clock was wrong.
-    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0) if reason else 0.0
+    wait = max((one for one in waits if one <= now + LONGEST_WAIT), default=0.0)
     if now < wait:
         return Decision(entry, False, f"{reason}; not tried again before {gmt(wait)}", at, held=True)
-    return Decision(entry, bool(reason), reason, at)
+    return Decision(entry, True, reason, at)
 
 
 def too_rare(entries: Iterable[Entry], runs: Sequence[float]) -> Iterator[str]:
@@ -4120,7 +4131,7 @@ class Ledger:
         for name, items in held.items():
             for text, about in items.items() if isinstance(items, dict) else ():
                 if is_row(about, str, str, float):
-                    self.records.setdefault(text, {})[name] = Loaded(*about)
+                    self.records.setdefault(text, {})[sys.intern(name)] = Loaded(sys.intern(about[0]), *about[1:])
         self.alarms = {text: Alarm(tuple(about[0]), about[1]) for text, about in told.items()
                        if is_row(about, list, float)}
         self.changed, self.told = self.stranger, dict(self.alarms)      # against the file
@@ -4427,6 +4438,9 @@ class Outcome(NamedTuple):
     state: str                          # current, renewed, held or failed; loaded, owed or (of neither) warned
     problem: str = ""
     news: bool = False
+
+
+CURRENT = Outcome("", "current")        # of every certificate that needs nothing
 
 
 class Report(NamedTuple):
@@ -5129,9 +5143,9 @@ def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clie
         return client.renewal_window(entry.facts.ari if entry.facts else "") if client.directory.renewal_info \
             else (None, ASK_SECONDS[2])
 
-    found = {one.entry.name: one.entry for one in decisions if not one.due and not one.held and one.entry.facts
-             and one.entry.facts.ari and not one.entry.wanted.renew.never
-             and not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1]}
+    found = {one.entry.name: one.entry for one in decisions
+             if not now < one.entry.memory.ask_at <= now + ASK_SECONDS[1] and not one.due and not one.held
+             and one.entry.facts and one.entry.facts.ari and not one.entry.wanted.renew.never}
     jobs = [Job(name, functools.partial(question, entry), patience(entry, settings.run))
             for name, entry in found.items()]
     for name, result in gather(jobs, settings.run.workers, clients.world, clients.until):
@@ -5250,7 +5264,8 @@ def examine(inventory: Inventory, request: Request, now: float) -> list[Decision
 
 def pass_by(decision: Decision, run: RunScope, now: float) -> Outcome:
     """See to a certificate that is not due: what a stopped run left is ended, and what went wrong forgotten."""
-    entry, outcome = decision.entry, Outcome(decision.entry.title, "held" if decision.held else "current")
+    entry = decision.entry
+    outcome = Outcome(entry.title, "held") if decision.held else CURRENT
     calm = entry.memory.settled or decision.reason or not entry.whole
     settled = entry.memory if calm else entry.memory._replace(**SETTLED)
     if settled == entry.written and not entry.fault:
@@ -5286,13 +5301,6 @@ def tend(decisions: Iterable[Decision], settings: Settings, clients: Clients, no
             yield entry, pass_by(one, settings.run, now)
     if due:
         yield from renew_all(due, settings, clients, now)
-
-
-def dropped(items: list[T]) -> Iterator[T]:
-    """The items of a list in their order, each out of memory when nobody else has it."""
-    items.reverse()
-    while items:
-        yield items.pop()
 
 
 def clean_up(inventory: Inventory, settings: Settings, world: World) -> None:
@@ -5421,7 +5429,7 @@ def issue(settings: Settings, request: Request, world: World) -> Report:
     if not found.whole and label not in settings.sections:
         log("nothing was issued, and nothing is tried again by itself: mend the cause and give the same command again")
     # Others may have its title; what was due comes last.
-    state = [one.state for one in report.certificates if one.title == found.title][-1]
+    state = [CURRENT.state, *(one.state for one in report.certificates if one.title == found.title)][-1]
     if not found.whole or state in ("failed", "held"):
         return report
     if state == "current":
