@@ -5266,8 +5266,8 @@ def pass_by(decision: Decision, run: RunScope, now: float) -> Outcome:
     """See to a certificate that is not due: what a stopped run left is ended, and what went wrong forgotten."""
     entry = decision.entry
     outcome = Outcome(entry.title, "held") if decision.held else CURRENT
-    calm = entry.memory.settled or decision.reason or not entry.whole
-    settled = entry.memory if calm else entry.memory._replace(**SETTLED)
+    over = entry.whole and not decision.reason and not entry.memory.settled
+    settled = entry.memory._replace(**SETTLED) if over else entry.memory
     if settled == entry.written and not entry.fault:
         return outcome
     try:
