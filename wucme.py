@@ -2288,14 +2288,22 @@ def dropped(items: list[T]) -> Iterator[T]:
         yield items.pop()
 
 
-def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
-    """Every certificate of a directory, found or declared; other files are counted and left alone."""
-    found: list[str] = []
-    waiting: list[str] = []
-    keys: dict[str, str] = {}
+class Listing(NamedTuple):
+    """The names in a directory: how many, those of chains and, by NAME, of keys, and those not made live."""
+    files: int
+    chains: list[str]
+    keys: dict[str, str]
+    waiting: list[str]
+
+
+def list_names(directory: str) -> Listing:
+    """The names in a directory, in one look; subdirectories and wucme's own state are none of them."""
     files = 0
-    with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext(()) as listing:
-        for item in listing:
+    chains: list[str] = []
+    keys: dict[str, str] = {}
+    waiting: list[str] = []
+    with os.scandir(directory) if os.path.isdir(directory) else contextlib.nullcontext(()) as found:
+        for item in found:
             name = item.name
             plain = name.lower()
             kind, end = plain[:8], plain[-4:]
@@ -2307,12 +2315,18 @@ def scan(directory: str, default: CertificateScope, sections: Mapping[str, Secti
                 if kind == "wucme_k_" and end == ".pem":
                     keys[name[8:-4].lower()] = name
                 elif kind == "wucme_c_" and end == ".pem" and len(plain) > 12 and not reserved(plain[8:-4]):
-                    found.append(name)
+                    chains.append(name)
+    chains.sort()
+    return Listing(files, chains, keys, waiting)
+
+
+def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
+    """Every certificate of a directory, found or declared; other files are counted and left alone."""
+    files, chains, keys, waiting = list_names(directory)
     by_stem = {**{label.replace(".", "_"): section for label, section in sections.items()}, **sections}
     entries: dict[str, Entry] = {}
     declared, nothing = set(), Entry._field_defaults["own"]
-    found.sort()
-    for name in dropped(found):
+    for name in dropped(chains):
         stem = sys.intern(name[8:-4].lower())
         section = by_stem.get(stem)
         key = keys.get(stem) or key_spelling(name)
@@ -5714,7 +5728,7 @@ def read_table(path: str) -> list[str]:
     return []
 
 
-def runs(line: str, script: str) -> bool:
+def has_it_run(line: str, script: str) -> bool:
     """Whether a line of a table of cron runs a script, as a file or as a module, and is not ours to replace."""
     text = line.partition("#")[0]
     as_module = rf"{re.escape(os.path.dirname(script))}(?![\w.-]).*\s-m\s*['\"]?{module_name(script) or '$'}(?![\w.])"
@@ -5728,7 +5742,7 @@ def other_tables(script: str, world: World) -> Iterator[str]:
         tables.update({path: read_table(path) for path in (os.path.join(folder, name) for name in os.listdir(folder))})
     tables[OWN_TABLE] = world.command(("crontab", "-l"), child_environment(), 60.0).output
     return (name for name, lines in tables.items() if name != CRON_FILE
-            and any(runs(line, path) for line in lines for path in (script, os.path.realpath(script))))
+            and any(has_it_run(line, path) for line in lines for path in (script, os.path.realpath(script))))
 
 
 def timer(settings: Settings, request: Request, world: World) -> list[str]:
