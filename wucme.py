@@ -131,9 +131,8 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Callable, Generic, NamedTuple, NoReturn, TypeVar, Union, cast
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import http.client
@@ -145,13 +144,37 @@ if TYPE_CHECKING:
     import threading
     import urllib.parse
     import urllib.request
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union, cast
 
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa, utils
 
     PrivateKey = Union[ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey]
+    T = TypeVar("T")
 else:
+    import collections
+
+    class Fields(type):
+        """Makes of a class of fields what typing.NamedTuple does, which takes a quarter of an idle run."""
+
+        def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> type:
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body["__annotations__"]
+            made = collections.namedtuple(name, fields, defaults=[body.pop(one) for one in fields if one in body])
+            for key, value in body.items():
+                setattr(made, key, value)
+            return made
+
+    class NamedTuple(metaclass=Fields):
+        """The base of such classes."""
+
+    def cast(_: Any, value: Any) -> Any:
+        """The value, of which the type checker knows less than we do."""
+        return value
+
     class Later:
         """A module that is imported when something of it, or of these parts, is first used."""
 
@@ -179,8 +202,7 @@ else:
 
 VERSION = "1.0"
 USER_AGENT = f"wucme/{VERSION} Python-http.client/{sys.version_info[0]}.{sys.version_info[1]}"
-T = TypeVar("T")
-Json = dict[str, Any]
+Json = dict[str, "Any"]
 
 
 # === 1. errors: what can go wrong, each a sentence for a person ===============================
@@ -306,7 +328,7 @@ class Log:
                 sys.stderr.write(line)
                 sys.stderr.flush()
             except OSError:         # Python would try again at the end, and exit with 120
-                sys.stderr = cast(Any, None)
+                sys.stderr = cast("Any", None)
 
 
 log = Log()
@@ -344,7 +366,7 @@ def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
     def result() -> T:
         if isinstance(ended[0], BaseException):
             raise ended[0]
-        return cast(T, ended[0])
+        return cast("T", ended[0])
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -1612,7 +1634,7 @@ class Setting(NamedTuple):
 
 def setting(kind: Callable[[str], T], default: str, text: str, form: str = "", local: bool = False) -> T:
     """Declare a setting where its value will stand; for the type checker it has that value's type."""
-    return cast(T, Setting(kind, default, text, form, local))
+    return cast("T", Setting(kind, default, text, form, local))
 
 
 class Secret(str):
@@ -2666,10 +2688,10 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
 
         def setup(self) -> None:
             super().setup()
-            self.rfile = cast(Any, Capped(self.rfile))
+            self.rfile = cast("Any", Capped(self.rfile))
 
         def do_GET(self) -> None:
-            body = (cast(Any, self.server).answers.find(self.path) or "").encode()
+            body = (cast("Any", self.server).answers.find(self.path) or "").encode()
             self.send_response_only(200 if body else 404)
             self.send_header("Content-Type", "application/octet-stream")
             self.send_header("Content-Length", str(len(body)))
@@ -2684,7 +2706,7 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
 
     class Greeting(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            server = cast(Any, self.server)
+            server = cast("Any", self.server)
             self.request.settimeout(5)
             # The wrapped socket takes the plain one's place, also among the guests.
             server.guests.forget(self.request)
@@ -3043,7 +3065,7 @@ def await_records(task: Task, records: Sequence[tuple[str, str]]) -> None:
 
 def update(task: Task, what: str, at: str, text: str) -> str:
     """Add or delete one TXT record by nsupdate (RFC 2136); the problem, or ""."""
-    to = cast(Updates, task.wanted.nsupdate)
+    to = cast("Updates", task.wanted.nsupdate)
     lines = [f"server {to.server[0]} {to.server[1]}"] if to.server[0] else []
     lines += [f"zone {to.zone}"] if to.zone else []
     lines += [f'update {what} {at} {"60 " if what == "add" else ""}IN TXT "{text}"', "send", ""]
@@ -3115,7 +3137,7 @@ def hook_fields(task: Task, one: Proof, dialect: Dialect) -> dict[str, str]:
 
 def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields: Mapping[str, str]) -> Finished:
     """Call a hook, with what its dialect wants it to be told."""
-    hook = cast(Hook, task.wanted.hook)
+    hook = cast("Hook", task.wanted.hook)
     if fault := anyone_may_write(argv[0]):
         raise ChallengeError(fault)
     told = {key: text.format_map(fields) for key, text in DIALECTS[hook.family].environment.items()}
@@ -3129,7 +3151,7 @@ def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields:
 
 def by_hook(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have a program of the user's answer."""
-    hook = cast(Hook, task.wanted.hook)
+    hook = cast("Hook", task.wanted.hook)
     dialect = DIALECTS[hook.family]
     records = []
     for rest, one in zip(range(len(proofs) - 1, -1, -1), proofs):
@@ -3489,7 +3511,7 @@ class Client:
     def known_directory(self, known: object) -> Directory | None:
         """The directory as it was not long ago, if the CA still gives nonces by it."""
         with contextlib.suppress(ProtocolError, AttributeError, KeyError, TypeError):
-            found = cast(Json, known)
+            found = cast("Json", known)
             if 0 <= self.world.now() - found["at"] < KNOWN_SECONDS:
                 directory = self.parse_directory(found["directory"])
                 response = self.send("HEAD", directory.new_nonce)
@@ -4027,7 +4049,7 @@ class Item(NamedTuple):
     options: Mapping[str, str] = {}
 
 
-Parsed = tuple[tuple[str, ...], Mapping[str, str]]      # the last two of an Item
+Parsed = tuple[tuple[str, ...], "Mapping[str, str]"]      # the last two of an Item
 
 
 def parse_standard(rest: str) -> Parsed:
@@ -4916,33 +4938,30 @@ def preference(entry: Entry, settings: Settings) -> list[str]:
     return words[turn:] + words[:turn]
 
 
-class Once(Generic[T]):
-    """Something for each CA, made when it is first asked for; what fails then, fails all who ask."""
+def once(make: Callable[[str], T], made: dict[str, T | Exception]) -> Callable[[str], T]:
+    """Make something for each word when it is first asked for; what fails then, fails all who ask."""
+    guard = threading.Lock()
 
-    def __init__(self, make: Callable[[str], T]) -> None:
-        self.make = make
-        self.made: dict[str, T | Exception] = {}
-        self.guard = threading.Lock()
-
-    def __call__(self, word: str) -> T:
-        """It, for the CA that a `server` word means."""
-        with self.guard:
-            if word not in self.made:
+    def get(word: str) -> T:
+        with guard:
+            if word not in made:
                 try:
-                    self.made[word] = self.make(word)
+                    made[word] = make(word)
                 except Exception as error:
-                    self.made[word] = error
-            found = self.made[word]
+                    made[word] = error
+            found = made[word]
         if isinstance(found, Exception):
             raise found
         return found
 
+    return get
 
-def touch(once: Once[Any], words: Iterable[str]) -> None:
+
+def touch(get: Callable[[str], object], words: Iterable[str]) -> None:
     """Make what will be needed; what fails here, fails who needs it."""
     for word in dict.fromkeys(words):
         with contextlib.suppress(Exception):
-            once(word)
+            get(word)
 
 
 class Clients:
@@ -4951,8 +4970,10 @@ class Clients:
     def __init__(self, settings: Settings, world: World, make: bool = True) -> None:      # `make` an account
         self.settings, self.world = settings, world
         self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
-        self.reach = Once(self.recall if settings.run.directory else functools.partial(reach, settings, world))
-        self.enter = Once(lambda word: enter(settings, word, self.reach, world, make))
+        self.reached: dict[str, Client | Exception] = {}        # by `server` word, like what is asked for
+        self.reach = once(self.recall if settings.run.directory else functools.partial(reach, settings, world),
+                          self.reached)
+        self.enter = once(lambda word: enter(settings, word, self.reach, world, make), {})
 
     def recall(self, word: str) -> Client:
         """A client of a CA, with what is remembered of it."""
@@ -4966,7 +4987,7 @@ class Clients:
 
     def close(self) -> None:
         """Close the connections, and remember what became of the accounts."""
-        for word, client in list(self.reach.made.items()):      # a worker that was given up may reach one yet
+        for word, client in list(self.reached.items()):      # a worker that was given up may reach one yet
             if isinstance(client, Client):
                 client.close()
                 if self.settings.run.directory:
