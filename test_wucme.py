@@ -6769,7 +6769,7 @@ def shown_by(port: int, protocol: str = "") -> bytes:
                                                "--no-agree", "--load=+nginx", "--listen", "--ini"]), max_size=6))
 def test_any_command_line_is_understood_or_refused(words: list[str]) -> None:
     with contextlib.suppress(wucme.SettingsError):
-        wucme.option_texts(vars(wucme.argument_parser().parse_intermixed_args(words)))
+        wucme.read_arguments(words)
 
 
 @pytest.mark.process
@@ -7334,7 +7334,13 @@ class TestCommandLine:
         (("issue",), "issue needs the names"),
         (("issue", "bad..name"), "is neither a host name nor"),
         (("status", "a.example.test"), "status takes no names"),
-        (("--lisen", ":80"), "--lisen; did you mean --listen?"),
+        (("--lisen", ":80"), "--lisen: no such option; did you mean --listen?"),
+        (("--verb",), "--verb: no such option; did you mean --verbose?"),
+        (("renew", "-f"), "option -f not recognized (see --help)"),
+        (("--quiet=yes",), "option --quiet must not have an argument (see --help)"),
+        (("renew", "--load"), "option --load requires argument (see --help)"),
+        (("--load", "--quiet"), "--load needs a value, and --quiet is an option (see --help)"),
+        (("renew", "--", "--quiet"), "--quiet: no such certificate"),
         (("--listen", "80"), "must be :PORT, ADDRESS:PORT or [ADDRESS]:PORT"),
         (("--force",), "--force goes with issue and renew"),
         (("status", "--csr", "x"), "--csr goes with issue, not with status"),

@@ -134,7 +134,6 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     import http.client
     import queue
     import socket
@@ -4619,7 +4618,7 @@ class Request(NamedTuple):
     names: tuple[str, ...] = ()
     force: bool = False
     dry_run: bool = False
-    as_json: bool = False
+    json: bool = False
     options: Mapping[str, str] = {}     # the settings among the options
     ini: str = ""                       # the ini that was named
     staging: bool = False
@@ -6464,8 +6463,9 @@ def uacme(argv: Sequence[str], world: World) -> int:
 
 VERBS = {"run": run_once, "issue": issue, "renew": run_once, "load": rehearse, "status": None, "check": None,
          "revoke": revoke, "account": account_verb, "thumbprint": show_thumbprint, "timer": None}
-ONLY_WITH = {"force": ("issue", "renew"), "install": ("timer",), "set_csr": ("issue",), "reason": ("revoke",),
-             "as_json": ("status",), "dry_run": ("run", "issue", "renew", "load", "timer")}
+FLAGS = ("force", "dry_run", "staging", "quiet", "verbose", "json", "install", "version", "help")
+ONLY_WITH = {"force": ("issue", "renew"), "install": ("timer",), "csr": ("issue",), "reason": ("revoke",),
+             "json": ("status",), "dry_run": ("run", "issue", "renew", "load", "timer")}
 
 
 def version() -> str:
@@ -6479,41 +6479,41 @@ def manual() -> str:
     return (__doc__ or "").replace("@SETTINGS@", settings_help()).replace("@SERVERS@", ", ".join(STANDARD))
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The command line, every setting included."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            word = message.rsplit(maxsplit=1)[-1]
-            hint = nearest(word, self._option_string_actions) if word.startswith("--") else ""
-            raise SettingsError(f"{message}{hint} (see --help)")
-
-    # Else argparse makes a usage of all options in each run, and asks for the terminal's width once for each.
-    parser = Parser(usage="wucme.py [VERB] [NAME...] [OPTION...]", add_help=False, allow_abbrev=False,
-                    formatter_class=functools.partial(argparse.HelpFormatter, width=99))
-    parser.add_argument("verb", nargs="?", default="run")
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--ini", default=os.environ.get("WUCME_INI", ""))
-    parser.add_argument("--reason", default="")
-    parser.add_argument("--csr", dest="set_csr")
-    parser.add_argument("--json", dest="as_json", action="store_true")
-    for flag in ("force", "dry-run", "staging", "quiet", "verbose", "install", "version", "help"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    for name, field in SETTINGS.items():
-        option, dest = f"--{name.replace('_', '-')}", f"set_{name}"
+def known_options() -> dict[str, tuple[str, str]]:
+    """Every option: the flag or setting that it is of, and what it says of that, "" for what stands behind it."""
+    found = {"ini": ("ini", ""), "reason": ("reason", ""), "csr": ("csr", "")}
+    found.update({flag.replace("_", "-"): (flag, "yes") for flag in FLAGS})
+    for key, field in SETTINGS.items():
+        option = key.replace("_", "-")
         if field.kind is a_flag:
-            parser.add_argument(option, dest=dest, action="store_const", const="yes")
-            parser.add_argument(f"--no{option[1:]}", dest=dest, action="store_const", const="no")
+            found.update({option: (key, "yes"), f"no-{option}": (key, "no")})
         elif not field.local and field.kind is not Secret:
-            parser.add_argument(option, dest=dest, action="append" if field.kind is some_lines else "store")
-    return parser
+            found[option] = key, ""
+    return found
 
 
-def option_texts(arguments: Json) -> dict[str, str]:
-    """The settings among the options, as texts like those of an ini."""
-    return {key[4:]: "\n".join(value) if isinstance(value, list) else value for key, value in arguments.items()
-            if key.startswith("set_") and value is not None}
+def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line, and what its options say, by flag or setting as an ini has it; SettingsError."""
+    import getopt
+    known = known_options()     # argparse would take longer for these than an idle run does for its work
+    for word in argv[:argv.index("--")] if "--" in argv else argv:
+        option = word.partition("=")[0]
+        if option[:2] == "--" and option[2:] not in known:      # getopt would take a part of one for it
+            near = nearest(option, [f"--{name}" for name in known])
+            raise SettingsError(f"{printable(option)}: no such option{near} (see --help)")
+    try:
+        pairs, words = getopt.gnu_getopt(list(argv), "", [f"{name}{'' if said else '='}"
+                                                          for name, (_, said) in known.items()])
+    except getopt.GetoptError as error:
+        raise SettingsError(f"{printable(str(error))} (see --help)") from error
+    given: dict[str, str] = {}
+    for option, value in pairs:
+        key, said = known[option[2:]]
+        if value[:2] == "--":
+            raise SettingsError(f"{option} needs a value, and {value} is an option (see --help)")
+        several = key in given and key in SETTINGS and SETTINGS[key].kind is some_lines
+        given[key] = f"{given[key]}\n{value}" if several else said or value
+    return words, given
 
 
 def staging(settings: Settings) -> Settings:
@@ -6538,7 +6538,7 @@ def act(settings: Settings, request: Request, world: World) -> int:
         return 0
     if request.verb == "status":
         found = standing(settings, world)
-        print(json.dumps(found.about, indent=1) if request.as_json else "\n".join(found.lines))
+        print(json.dumps(found.about, indent=1) if request.json else "\n".join(found.lines))
         return found.status
     if request.verb == "check":
         problems = 0
@@ -6564,21 +6564,22 @@ def need_cryptography() -> None:
                             "dnf install python3-cryptography, pip install cryptography, or uv run wucme.py")
 
 
-def understand(arguments: Json) -> tuple[Settings, Request]:
+def understand(words: Sequence[str], given: Mapping[str, str]) -> tuple[Settings, Request]:
     """What the command line and the ini ask for; SettingsError where they ask for what cannot be."""
-    verb, names = arguments["verb"], tuple(arguments["names"])
+    verb, *names = words or ["run"]
     if verb not in VERBS:
         raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} (there are {', '.join(VERBS)})")
     if names and verb in ("run", "status", "thumbprint"):
         raise SettingsError(f"{verb} takes no names; for one certificate: renew {names[0]}")
-    for flag, verbs in ONLY_WITH.items():
-        if arguments[flag] and verb not in verbs:
-            option = re.sub("^(set|as)_", "", flag).replace("_", "-")
-            raise SettingsError(f"--{option} goes with {' and '.join(verbs)}, not with {verb}")
+    for option, verbs in ONLY_WITH.items():
+        if option in given and verb not in verbs:
+            raise SettingsError(f"--{option.replace('_', '-')} goes with {' and '.join(verbs)}, not with {verb}")
+    flags = {flag: flag in given for flag in FLAGS}
     # Trying out is for one CA and loads nothing, whatever other options say.
-    options = {key: text for key, text in option_texts(arguments).items()
-               if not arguments["staging"] or key not in ("server", "load")}
-    named = os.path.abspath(os.path.expanduser(arguments["ini"])) if arguments["ini"] else ""
+    options = {key: text for key, text in given.items()
+               if key in SETTINGS and not (flags["staging"] and key in ("server", "load"))}
+    ini = given.get("ini") or os.environ.get("WUCME_INI", "")
+    named = os.path.abspath(os.path.expanduser(ini)) if ini else ""
     fresh = verb == "issue" and named and not os.path.exists(named)
     common = {key: text for key, text in options.items()
               if verb != "issue" or key not in CertificateScope._field_defaults}
@@ -6587,9 +6588,9 @@ def understand(arguments: Json) -> tuple[Settings, Request]:
     for path in (script, compiled(script), settings.run.directory):
         if fault := anyone_may_write(path):
             raise SettingsError(fault)
-    request = Request(**pick(Request, arguments, {"names": names, "options": options, "ini": named,
-                                                   "reason": arguments["reason"] or "unspecified"}))
-    return staging(settings) if arguments["staging"] else settings, request
+    request = Request(verb, tuple(names), options=options, ini=named, reason=given.get("reason") or "unspecified",
+                      **pick(Request, flags))
+    return staging(settings) if flags["staging"] else settings, request
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
@@ -6609,14 +6610,14 @@ def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
         if argv[:1] == ["--uacme"]:
             need_cryptography()
             return uacme(argv[1:], world)
-        arguments = vars(argument_parser().parse_intermixed_args(argv))
-        if arguments["help"] or arguments["version"]:
-            print(manual() if arguments["help"] else version())
+        words, given = read_arguments(argv)
+        if "help" in given or "version" in given:
+            print(manual() if "help" in given else version())
             return 0
         need_cryptography()
-        log.clock, log.loud, log.quiet = world.now, int(arguments["verbose"]), arguments["quiet"]
-        log.live = not arguments["quiet"] and (sys.stderr.isatty() or arguments["verbose"])
-        settings, request = understand(arguments)
+        log.clock, log.loud, log.quiet = world.now, int("verbose" in given), "quiet" in given
+        log.live = not log.quiet and (log.loud > 0 or sys.stderr.isatty())
+        settings, request = understand(words, given)
         return act(settings, request, world)
     except SystemExit as error:
         ending.kill()
