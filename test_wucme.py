@@ -266,7 +266,7 @@ class TestLog:
             log.clock = lambda: clock
             log("said\nthis")
         time.tzset()
-        assert log.held == [f"{stamp}: said\\nthis\n"]
+        assert list(log.held) == [f"{stamp}: said\\nthis\n"]
 
     def test_held_lines_are_printed_once_and_only_when_flushed(self, log: wucme.Log,
                                                                capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,6 +276,18 @@ class TestLog:
         log.flush()
         log.flush()
         assert [line.rpartition(": ")[2] for line in capsys.readouterr().err.splitlines()] == ["one", "two"]
+
+    def test_of_very_many_lines_the_last_are_printed_and_what_went_wrong(self, log: wucme.Log,
+                                                                         capsys: pytest.CaptureFixture[str]) -> None:
+        for number in range(wucme.HELD_LINES + 10):
+            log(f"line {number}", wrong=number in (2, wucme.HELD_LINES))
+        log.flush()
+        said = [line.rpartition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+        assert said[:3] == ["line 2", "... 9 more lines before these, in the log ...", "line 10"]
+        assert len(said) == wucme.HELD_LINES + 2
+        log("after")
+        log.flush()
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
     def test_at_a_terminal_a_line_is_shown_at_once_and_not_again(self, log: wucme.Log,
                                                                  capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,7 @@ READING ORDER
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import fcntl
@@ -132,7 +133,9 @@ import stat
 import sys
 import time
 
-TYPE_CHECKING = False
+# What costs milliseconds to import (cryptography, ssl, http, subprocess, typing ...) is imported where or
+# when it is used: on most days a run needs none of it.
+TYPE_CHECKING = False           # as typing has it; a type checker takes it for true
 if TYPE_CHECKING:
     import http.client
     import queue
@@ -153,10 +156,8 @@ if TYPE_CHECKING:
     PrivateKey = Union[ec.EllipticCurvePrivateKey, rsa.RSAPrivateKey]
     T = TypeVar("T")
 else:
-    import collections
-
     class Fields(type):
-        """Makes of a class of fields what typing.NamedTuple does, which takes a quarter of an idle run."""
+        """Makes a class of named fields a kind of tuple; typing.NamedTuple would take a fifth of an idle run for it."""
 
         def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any]) -> type:
             if not bases:
@@ -168,7 +169,7 @@ else:
             return made
 
     class NamedTuple(metaclass=Fields):
-        """The base of such classes."""
+        """What such a class is derived from."""
 
     def cast(_: Any, value: Any) -> Any:
         """The value, of which the type checker knows less than we do."""
@@ -195,9 +196,6 @@ else:
     hashes, serialization = (Later(f"cryptography.hazmat.primitives.{name}") for name in ("hashes", "serialization"))
     ec, padding, rsa, utils = (Later(f"cryptography.hazmat.primitives.asymmetric.{name}")
                                for name in ("ec", "padding", "rsa", "utils"))
-
-# What costs milliseconds to import (cryptography, ssl, http, subprocess ...) is imported where or when
-# it is used: on most days a run needs none of it.
 
 VERSION = "1.0"
 USER_AGENT = f"wucme/{VERSION} Python-http.client/{sys.version_info[0]}.{sys.version_info[1]}"
@@ -282,6 +280,7 @@ BODY_BYTES = 1 << 20            # no answer of a CA is longer
 STAMP = r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?:? *"
 AT_ONCE = 10                    # requests for one certificate
 OUTPUT_BYTES = 1 << 16          # kept of what a load command prints; the rest is read and dropped
+HELD_LINES = 4000               # printed at the end of a run, of more only the last, and what went wrong
 
 
 class Log:
@@ -293,7 +292,10 @@ class Log:
         self.live = False           # at a terminal: each line at once
         self.loud = 0               # verbose: details too
         self.quiet = False          # only what went wrong is printed
-        self.held: list[str] = []   # not at a terminal: lines that may be printed at the end
+        # Not at a terminal: lines that may be printed at the end, those of what went wrong, and how many there were.
+        self.held: collections.deque[str] = collections.deque(maxlen=HELD_LINES)
+        self.wrong: list[str] = []
+        self.count = 0
 
     def __call__(self, text: str, wrong: bool = False) -> None:
         """Write one line for one event; `wrong` is what even --quiet prints."""
@@ -307,6 +309,8 @@ class Log:
             self.show(line)
         elif wrong or not self.quiet:
             self.held.append(line)
+            self.wrong += [line] * wrong
+            self.count += 1
 
     def detail(self, text: str) -> None:
         """Write one line that only --verbose wants."""
@@ -315,9 +319,14 @@ class Log:
 
     def flush(self) -> None:
         """Print what was held back."""
-        for line in self.held:
+        last = set(self.held)
+        earlier = [line for line in self.wrong if line not in last]
+        if left_out := self.count - len(self.held) - len(earlier):
+            earlier.append(f"... {left_out} more lines before these, in the log ...\n")
+        for line in [*earlier, *self.held]:
             self.show(line)
         self.held.clear()
+        self.wrong, self.count = [], 0
 
     @staticmethod
     def show(line: str) -> None:
@@ -2259,6 +2268,7 @@ def read_memory(path: str) -> Memory:
     found = read_json(path)
     kept = {key: value for key, value in found.items() if type(value) is MEMORY_TYPES.get(key)}
     about, names, window = found.get("facts"), found.get("names"), found.get("window")
+    kept["server"] = sys.intern(kept.get("server", ""))
     if isinstance(about, list) and list(map(type, about)) == FACTS_TYPES and {*map(type, about[0])} <= {str} \
             and abs(about[1]) + abs(about[2]) < 1e15:
         # One copy is enough of what others say too: file names, other certificates, the ledger.
@@ -2267,7 +2277,7 @@ def read_memory(path: str) -> Memory:
         if kept.get("key_hash") == about[6]:
             kept["key_hash"] = about[6]
     if isinstance(names, list) and {*map(type, names)} <= {str}:
-        kept["names"] = tuple(names)
+        kept["names"] = tuple(map(sys.intern, names))
     if isinstance(window, list) and list(map(type, window)) == [float] * 3:
         kept["window"] = tuple(window)
     return Memory(**kept)
@@ -3465,7 +3475,6 @@ class Client:
     """
 
     def __init__(self, url: str, world: World, connect: Callable[[], Http], known: object = None) -> None:
-        import collections
         self.url = url
         self.world = world
         self.connect = connect
