@@ -401,15 +401,15 @@ def timed(kind: Any) -> Any:
     return type("Timed", (kind,), {"recv_into": recv_into})
 
 
-def dial(until: float, at: tuple[str, int], *_: Any) -> Any:
+def dial(until: float, host: str, port: int) -> Any:
     """A plain connection that gives up at `until`; each address of the host has its share of the time."""
-    host: Any = at[0].encode() if at[0].isascii() else at[0]       # bytes spare it the tables of IDNA
-    addresses = socket.getaddrinfo(host, at[1], type=socket.SOCK_STREAM)
+    # Bytes spare it the tables of IDNA.
+    addresses = socket.getaddrinfo(host.encode() if host.isascii() else host, port, type=socket.SOCK_STREAM)
     while True:
-        family, kind, protocol, _name, address = addresses.pop(0)
+        *kind, _name, address = addresses.pop(0)
         with contextlib.ExitStack() as stack:
             try:
-                plain = stack.enter_context(timed(socket.socket)(family, kind, protocol))
+                plain = stack.enter_context(timed(socket.socket)(*kind))
                 plain.until = until
                 plain.settimeout(time_left(until) / (len(addresses) + 1))
                 plain.connect(address)
@@ -510,7 +510,7 @@ class Http:
         self.through = "" if headers is None else f" through the proxy {by}:{at}"
         # To load the trust store takes as long as a round trip.
         with beside(lambda: http.client.HTTPSConnection(by, at, context=tls_context(self.ca_file))) as made:
-            plain = dial(self.until, (by, at))
+            plain = dial(self.until, by, at)
         connection: Any = made()
         connection._create_connection = lambda *_: plain
         if headers is not None:
@@ -749,7 +749,7 @@ def ask_for_tls(plain: Any, protocol: str) -> None:
 def served(host: str, port: int, name: str, protocol: str, timeout: float) -> bytes:
     """The certificate (PEM) that a server shows for a name, trusted or not, in `timeout` seconds; NetworkError."""
     try:
-        with contextlib.closing(dial(time.monotonic() + timeout, (host, port))) as plain:
+        with contextlib.closing(dial(time.monotonic() + timeout, host, port)) as plain:
             ask_for_tls(plain, protocol)
             with begin_tls(plain, name) as secure:
                 return ssl.DER_cert_to_PEM_cert(secure.getpeercert(True) or b"").encode()
@@ -771,7 +771,7 @@ def visit(url: str, address: str, timeout: float) -> Response:
         at = urllib.parse.urlsplit(url)
         host, port = at.hostname or "", at.port or (443 if at.scheme == "https" else 80)
         with contextlib.closing(http.client.HTTPConnection(host, port)) as connection:
-            connection.sock = dial(time.monotonic() + timeout, (address, port))
+            connection.sock = dial(time.monotonic() + timeout, address, port)
             if at.scheme == "https":
                 connection.sock = begin_tls(connection.sock, host)
             response = converse(connection, "GET", at, {"Connection": "close"})
