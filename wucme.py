@@ -357,6 +357,14 @@ def time_left(until: float) -> float:
     return left
 
 
+def outcome(act: Callable[[], Any]) -> Any:
+    """What a call ends in: its result, or its error."""
+    try:
+        return act()
+    except BaseException as error:
+        return error
+
+
 @contextlib.contextmanager
 def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """Have something done beside what is done meanwhile, and wait for its end; what it comes to, or raises, is a call.
@@ -365,18 +373,12 @@ def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """
     ended: list[Any] = []
 
-    def run() -> None:
-        try:
-            ended.append(act())
-        except BaseException as error:
-            ended.append(error)
-
     def result() -> T:
         if isinstance(ended[0], BaseException):
             raise ended[0]
         return cast("T", ended[0])
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=lambda: ended.append(outcome(act)), daemon=True)
     thread.start()
     try:
         yield result
@@ -838,16 +840,6 @@ class Job(NamedTuple):
     limit: float
 
 
-def outcome(job: Job, late: bool) -> Any:
-    """What a job ends in: its result, or its error."""
-    try:
-        if late:
-            raise NetworkError("not begun, for this run has taken too long already; the next one does it")
-        return job.act()
-    except BaseException as error:
-        return error
-
-
 def gather(jobs: Sequence[Job], width: int, world: World,
            until: float = float("inf")) -> Generator[tuple[str, Any], None, None]:
     """The jobs as they end, so many at once, each with its result or error; none is waited for without end.
@@ -865,7 +857,8 @@ def gather(jobs: Sequence[Job], width: int, world: World,
             while True:
                 job, now = waiting.pop(0), world.monotonic()
                 ends[job.name] = now + job.limit
-                ended.put((job.name, outcome(job, now >= until)))
+                late = NetworkError("not begun, for this run has taken too long already; the next one does it")
+                ended.put((job.name, outcome(job.act) if now < until else late))
 
     for _ in jobs[:width]:
         threading.Thread(target=work, daemon=True).start()
@@ -876,9 +869,10 @@ def gather(jobs: Sequence[Job], width: int, world: World,
                 name, result = ended.get(timeout=1.0)
             except queue.Empty:
                 now = world.monotonic()
-                for name in [name for name, end in list(ends.items()) if end < now]:
-                    ended.put((name, NetworkError("did not end within the deadline; a later run goes on with it")))
-                    threading.Thread(target=work, daemon=True).start()      # in place of the one that hangs
+                for name, end in list(ends.items()):
+                    if end < now:
+                        ended.put((name, NetworkError("did not end within the deadline; a later run goes on with it")))
+                        threading.Thread(target=work, daemon=True).start()      # in place of the one that hangs
                 continue
             if ends.pop(name, None) is not None:
                 left -= 1
