@@ -503,8 +503,8 @@ class Http:
         self.kept: Any = None
         self.origin = ""                # host and port that it leads to
 
-    def connect(self, host: str, port: int) -> Any:
-        """A connection to an origin, direct or by CONNECT, on which nothing was said yet."""
+    def connect(self, host: str, port: int) -> None:
+        """Connect to an origin, direct or by CONNECT, and begin TLS."""
         proxy = self.proxy
         if not proxy and not urllib.request.proxy_bypass(f"{host}:{port}"):
             proxy = urllib.request.getproxies().get("https", "")
@@ -513,14 +513,14 @@ class Http:
         # To load the trust store takes as long as a round trip.
         with beside(lambda: http.client.HTTPSConnection(by, at, context=tls_context(self.ca_file))) as made:
             plain = dial(self.until, by, at)
-        connection: Any = made()
-        connection._create_connection = lambda *_: plain
+        self.kept = made()
+        self.kept._create_connection = lambda *_: plain
         if headers is not None:
-            connection.set_tunnel(host, port, headers)
-        return connection
+            self.kept.set_tunnel(host, port, headers)
+        http.client.HTTPConnection.connect(self.kept)       # HTTPSConnection's own knows of no deadline
+        self.kept.sock = begin_tls(self.kept.sock, host, tls_context(self.ca_file))
 
-    def request(self, method: str, url: str, body: bytes | None = None,
-                headers: Mapping[str, str] | None = None) -> Response:
+    def request(self, method: str, url: str, body: bytes | None = None, headers: Mapping[str, str] = {}) -> Response:
         """One request, `timeout` seconds in total; NetworkError says who was not reached and why."""
         try:
             at = urllib.parse.urlsplit(url)
@@ -534,7 +534,7 @@ class Http:
         while True:
             kept, self.origin = self.kept, at.netloc
             try:
-                return self.attempt(method, at, body, headers or {})
+                return self.attempt(method, at, body, headers)
             except (http.client.HTTPException, OSError, ValueError) as error:
                 self.close()
                 # A kept connection may have been closed meanwhile: once more on a new one.
@@ -546,15 +546,12 @@ class Http:
                 headers: Mapping[str, str]) -> Response:
         """Send on the kept connection or a new one, and read the whole answer."""
         if self.kept is None:
-            self.kept = self.connect(at.hostname or "", at.port or 443)
-            http.client.HTTPConnection.connect(self.kept)       # HTTPSConnection's own knows of no deadline
-            self.kept.sock = begin_tls(self.kept.sock, at.hostname or "", tls_context(self.ca_file))
+            self.connect(at.hostname or "", at.port or 443)
         self.kept.sock.until = self.until
         with contextlib.closing(converse(self.kept, method, at, headers, body)) as response:
             data = response.read(BODY_BYTES + 1)
-            whole = response.isclosed()
-        if response.will_close or not whole:
-            self.close()
+            if response.will_close or not response.isclosed():
+                self.close()
         if len(data) > BODY_BYTES:
             raise NetworkError(f"{at.netloc}: an answer of more than {BODY_BYTES >> 20} MiB")
         if missing := response.length or 0:
