@@ -526,7 +526,7 @@ class TestProcesses:
         name = f"w ({os.getpid()}) y"       # its own, beside another run of these tests
         (tmp_path / name).symlink_to("/bin/sleep")
         with subprocess.Popen([tmp_path / name, "60"]) as child:
-            expected = wucme.Process(child.pid, os.getpid(), name, [str(tmp_path / name), "60"])
+            expected = wucme.Process(child.pid, os.getpid(), [str(tmp_path / name), "60"])
             try:
                 wait_until(lambda: wucme.processes([name]) == [expected])
             finally:
@@ -3540,7 +3540,7 @@ class TestItems:
 class TestStandard:
     """What + does with the servers that it finds, told by a world that only notes it."""
 
-    MASTER = wucme.Process(4321, 1, "nginx", ["nginx: master process nginx -c /x"])
+    MASTER = wucme.Process(4321, 1, ["nginx: master process nginx -c /x"])
 
     @pytest.mark.parametrize(("cgroup", "told", "unit"), [
         ("0::/system.slice/nginx.service\n", "MainPID=4321 CanReload=yes", "nginx.service"),
@@ -3590,7 +3590,7 @@ class TestStandard:
     def test_another_program_called_master_is_not_postfix(self, monkeypatch: pytest.MonkeyPatch,
                                                           log: wucme.Log) -> None:
         monkeypatch.setattr(wucme, "processes", lambda commands: [
-            wucme.Process(5, 1, "master", ["/opt/cyrus/master"]), wucme.Process(6, 1, "master", [""])])
+            wucme.Process(5, 1, ["/opt/cyrus/master"]), wucme.Process(6, 1, [""])])
         duty = wucme.Duty(wucme.parse_item("+postfix"), [entry(known(1, 0))])
         assert wucme.perform(duty, RUN, wucme.World()) == ""
         assert "no postfix runs here" in log.held[0]

@@ -691,7 +691,6 @@ class Process(NamedTuple):
     """A running program."""
     pid: int
     parent: int
-    command: str
     argv: list[str]
 
 
@@ -704,24 +703,23 @@ def processes(commands: Sequence[str]) -> list[Process]:
         if name not in commands or rest.startswith("Z"):
             continue
         if all(proc_link(pid, f"ns/{kind}") in ("", proc_link("self", f"ns/{kind}")) for kind in ("pid", "net")):
-            argv = proc_text(pid, "cmdline").rstrip("\0").split("\0")
-            found.append(Process(pid, int(rest.split()[1]), name, argv))
+            found.append(Process(pid, int(rest.split()[1]), proc_text(pid, "cmdline").rstrip("\0").split("\0")))
     return found
 
 
 def credentials(pid: int) -> dict[str, Any]:
     """As whom a process runs, in the words of `start`; {} if that is ourselves or cannot be had."""
-    found = dict(re.findall(r"(?m)^(Uid|Gid|Groups):[ \t]*(.*)$", proc_text(pid, "status")))
-    if os.geteuid() != 0 or len(found) < 3 or found["Uid"].split()[1] == "0":
+    lines = re.findall(r"(?m)^(Uid|Gid|Groups):[ \t]*(.*)$", proc_text(pid, "status"))
+    found = {key: [int(number) for number in numbers.split()] for key, numbers in lines}
+    if os.geteuid() != 0 or len(found) < 3 or found["Uid"][1] == 0:
         return {}
-    return {"user": int(found["Uid"].split()[1]), "group": int(found["Gid"].split()[1]),
-            "extra_groups": [int(group) for group in found["Groups"].split()]}
+    return {"user": found["Uid"][1], "group": found["Gid"][1], "extra_groups": found["Groups"]}
 
 
 def catches(pid: int, number: int) -> bool:
     """Whether a process has a use for a signal; one that it has none for may end it."""
     mask = re.search(r"(?m)^SigCgt:\s*([0-9a-f]+)$", proc_text(pid, "status"))
-    return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
+    return bool(mask and int(mask[1], 16) >> (number - 1) & 1)
 
 
 # What is said before TLS begins: what is sent, and how the answer to it begins.
@@ -790,12 +788,8 @@ def is_ours(address: str) -> bool:
 
 def port_holder(port: int) -> str:
     """Who listens on a TCP port here, for a message: "nginx (pid 12)", or "" where it cannot be seen."""
-    inodes = set()
-    for table in ("net/tcp", "net/tcp6"):
-        for row in proc_text("self", table).splitlines()[1:]:
-            fields = row.split()
-            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                inodes.add(f"socket:[{fields[9]}]")
+    rows = [row.split() for table in ("tcp", "tcp6") for row in proc_text("self", f"net/{table}").splitlines()[1:]]
+    inodes = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
     for pid in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             if pid.isdigit() and any(proc_link(pid, f"fd/{fd}") in inodes for fd in os.listdir(f"/proc/{pid}/fd")):
