@@ -926,10 +926,13 @@ def other_owner(path: str, error: OSError) -> str:
     return f": it belongs to user {uid}, and this runs as user {us}"
 
 
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+
+
 @contextlib.contextmanager
-def opened(path: str, flags: int) -> Iterator[int]:
+def opened(path: str, flags: int, **where: int) -> Iterator[int]:
     """The descriptor of a file, made private if it is new, while it is needed."""
-    descriptor = os.open(path, flags, 0o600)
+    descriptor = os.open(path, flags, 0o600, **where)
     try:
         yield descriptor
     finally:
@@ -991,7 +994,7 @@ def remove(path: str) -> None:
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
     """Make a new file, on the disk when this returns; what was there goes; `strict`: OSError if not its owner's."""
     remove(path)
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW) as descriptor:
+    with opened(path, NEW_FILE) as descriptor:
         try:
             os.fchown(descriptor, like.uid, like.gid)
         except PermissionError:         # not root: ours then
@@ -1150,7 +1153,7 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
         with contextlib.suppress(PermissionError):      # not root: ours then
             os.fchown(descriptor, whose.st_uid, whose.st_gid)
 
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    flags = os.O_RDONLY | os.O_DIRECTORY
     at = os.open(base, flags)
     try:
         whose = os.fstat(at)
@@ -1167,12 +1170,9 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
                 give(at, 0o755)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=at)
-        new = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=at)
-        try:
+        with opened(name, NEW_FILE, dir_fd=at) as new:
             write_all(new, data)
             give(new, 0o644)
-        finally:
-            os.close(new)
     except OSError as error:
         link = " (a link that another user could have made is not followed)"
         raise FileError(f"{os.path.join(base, *below, name)}: {error.strerror}"
