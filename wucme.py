@@ -1153,6 +1153,7 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
         with contextlib.suppress(PermissionError):      # not root: ours then
             os.fchown(descriptor, whose.st_uid, whose.st_gid)
 
+    path = os.path.join(base, *below, name)
     flags = os.O_RDONLY | os.O_DIRECTORY
     at = os.open(base, flags)
     try:
@@ -1175,19 +1176,19 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
             give(new, 0o644)
     except OSError as error:
         link = " (a link that another user could have made is not followed)"
-        raise FileError(f"{os.path.join(base, *below, name)}: {error.strerror}"
-                        + link * (error.errno in (errno.ELOOP, errno.ENOTDIR))) from error
+        raise FileError(f"{path}: {error.strerror}" + link * (error.errno in (errno.ELOOP, errno.ENOTDIR))) from error
     finally:
         os.close(at)
-    return os.path.join(base, *below, name)
+    return path
 
 
 def make_directory(path: str) -> None:
     """Make a directory that a web server's user may pass through, with its parents, durably, whatever the umask."""
     if os.path.isdir(path):
         return
-    if os.path.dirname(path):
-        make_directory(os.path.dirname(path))
+    above = os.path.dirname(path)
+    if above:
+        make_directory(above)
     try:
         os.mkdir(path)
         os.chmod(path, 0o755)
@@ -1196,7 +1197,7 @@ def make_directory(path: str) -> None:
         if not os.path.isdir(path):     # else another worker made it meanwhile
             raise
     except PermissionError as error:
-        above = os.path.dirname(path) or "."
+        above = above or "."
         raise FileError(f"{path}: cannot be made: {above}: {error.strerror}{other_owner(above, error)}") from error
 
 
