@@ -365,6 +365,13 @@ def outcome(act: Callable[[], Any]) -> Any:
         return error
 
 
+def result_of(ended: Any) -> Any:
+    """The result that a call ended in; if that is an error, raises it."""
+    if isinstance(ended, BaseException):
+        raise ended
+    return ended
+
+
 @contextlib.contextmanager
 def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
     """Have something done beside what is done meanwhile, and wait for its end; what it comes to, or raises, is a call.
@@ -372,16 +379,10 @@ def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
     On a signal there is no time to wait for it.
     """
     ended: list[Any] = []
-
-    def result() -> T:
-        if isinstance(ended[0], BaseException):
-            raise ended[0]
-        return cast("T", ended[0])
-
     thread = threading.Thread(target=lambda: ended.append(outcome(act)), daemon=True)
     thread.start()
     try:
-        yield result
+        yield lambda: result_of(ended[0])
     except Exception:
         thread.join()
         raise
@@ -876,12 +877,8 @@ def at_once(calls: Mapping[str, Callable[[], T]], limit: float, world: World) ->
     """What these calls return, several made at once, in their order; raises the first error as soon as there is one."""
     if len(calls) < 2:
         return [call() for call in calls.values()]
-    results: dict[str, Any] = {}
     with contextlib.closing(gather([Job(*one, limit) for one in calls.items()], AT_ONCE, world)) as ended:
-        for name, result in ended:
-            if isinstance(result, BaseException):
-                raise result
-            results[name] = result
+        results = {name: result_of(end) for name, end in ended}
     return [results[name] for name in calls]
 
 
