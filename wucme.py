@@ -532,8 +532,9 @@ class Http:
         self.until = time.monotonic() + self.timeout
         if at.netloc != self.origin:
             self.close()
+        self.origin = at.netloc
         while True:
-            kept, self.origin = self.kept, at.netloc
+            kept = self.kept
             try:
                 return self.attempt(method, at, body, headers)
             except (http.client.HTTPException, OSError, ValueError) as error:
@@ -982,10 +983,10 @@ def write_all(descriptor: int, data: bytes) -> None:
 OURS = Owner(0o600, -1, -1)         # private, and whoever runs this owns it
 
 
-def remove(path: str) -> None:
+def remove(path: str, **where: int) -> None:
     """Delete a file that may be gone already."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+        os.unlink(path, **where)
 
 
 def create(path: str, data: bytes, like: Owner = OURS, strict: bool = False) -> None:
@@ -1166,8 +1167,7 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
             at = inner
             if made and os.fstat(at).st_uid == os.geteuid():
                 give(at, 0o755)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=at)
+        remove(name, dir_fd=at)
         with opened(name, NEW_FILE, dir_fd=at) as new:
             write_all(new, data)
             give(new, 0o644)
