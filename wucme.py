@@ -638,13 +638,12 @@ def child_environment() -> dict[str, str]:
 
 def start(argv: Sequence[str], given: str, **how: Any) -> Any:
     """Start a command in a process group of its own, with this to read, and what it says in a pipe."""
-    how.update(bufsize=0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    if not given:
-        return subprocess.Popen(argv, stdin=subprocess.DEVNULL, **how)
-    with tempfile.TemporaryFile() as text:
-        text.write(given.encode("utf-8", "surrogateescape"))
-        text.seek(0)
-        return subprocess.Popen(argv, stdin=text, **how)
+    with tempfile.TemporaryFile() if given else contextlib.nullcontext() as text:
+        if text:
+            text.write(given.encode("utf-8", "surrogateescape"))
+            text.seek(0)
+        return subprocess.Popen(argv, stdin=text or subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, bufsize=0, start_new_session=True, **how)
 
 
 def command(argv: Sequence[str], env: Mapping[str, str], timeout: float, *, given: str = "", cwd: str = "/",
