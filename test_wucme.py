@@ -2109,7 +2109,7 @@ class TestInventory:
         found = wucme.scan(str(tmp_path), DEFAULT, {})
         entry = found.entries["x"]
         assert (found.files, list(found.entries)) == (2, ["x"])
-        assert (entry.facts, entry.fits, entry.whole, entry.fault) == (wucme.facts(CHAIN), True, True, "")
+        assert (entry.facts, entry.whole, entry.fault) == (wucme.facts(CHAIN), True, "")
         assert (entry.title, entry.wanted, entry.own) == ("www.example.org", DEFAULT, frozenset())
 
     def test_the_spelling_of_vms_is_found_and_kept(self, tmp_path: Path) -> None:
@@ -2127,7 +2127,7 @@ class TestInventory:
         (tmp_path / there).write_bytes(CHAIN)
         entry = wucme.scan(str(tmp_path), DEFAULT, {}).entries["x"]
         assert entry.key == str(tmp_path / missing)
-        assert (entry.fits, entry.blocked, entry.fault) == (False, False, f"{entry.key}: No such file or directory")
+        assert (entry.whole, entry.blocked, entry.fault) == (False, False, f"{entry.key}: No such file or directory")
 
     def test_what_is_declared_and_not_there_is_added(self, tmp_path: Path) -> None:
         put(tmp_path, "b.example")
@@ -2196,7 +2196,7 @@ class TestInventory:
     def test_a_pair_that_does_not_fit_is_not_whole(self, tmp_path: Path, chain: bytes, key: Any, fault: str) -> None:
         put(tmp_path, "x", chain, key)
         entry = look(tmp_path)
-        assert (entry.whole, entry.fits, entry.blocked) == (False, False, False)
+        assert (entry.whole, entry.blocked) == (False, False)
         assert entry.fault.endswith(fault)
         assert bool(entry.fault) is bool(fault)
 
@@ -2276,11 +2276,11 @@ def known(lifetime: float, age: float, names: tuple[str, ...] = NAMES, kind: str
 def entry(about: wucme.Facts | None, renew: str = "auto", own: Iterable[str] = (), memory: wucme.Memory | None = None,
           **more: Any) -> wucme.Entry:
     """A certificate that needs no files."""
-    places = {name: more.pop(name) for name in ("fits", "fault", "blocked") if name in more}
+    places = {name: more.pop(name) for name in ("whole", "fault", "blocked") if name in more}
     remembered = memory or wucme.Memory()
     return wucme.Entry("x", "/d/wucme_c_x.pem", "/d/wucme_k_x.pem", remembered, remembered,
                        DEFAULT._replace(renew=wucme.a_renewal(renew), **more), frozenset(own), about,
-                       **{"fits": about is not None, **places})
+                       **{"whole": about is not None, **places})
 
 
 class TestRarity:
@@ -2349,8 +2349,8 @@ class TestPlan:
 
     REASONS: tuple[tuple[str, dict[str, Any]], ...] = (
         ("forced", {}),
-        ("/d/key: not readable", {"fits": False, "fault": "/d/key: not readable"}),
-        ("its key does not fit the certificate", {"fits": False}),
+        ("/d/key: not readable", {"whole": False, "fault": "/d/key: not readable"}),
+        ("its key does not fit the certificate", {"whole": False}),
         ("its names are now b.example", {"names": ("b.example",), "own": ["names"]}),
         ("its key should be rsa-2048, and is ecdsa-p256", {"key": "rsa-2048", "own": ["key"]}),
         ("expires in 5 days", {"renew": "6"}),
@@ -2392,7 +2392,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("blocked", [
         entry(None, names=("a.example",), fault="/d/x: not a regular file", blocked=True),
-        entry(known(DAY, 2 * DAY), fits=False, fault="/d/x: Permission denied", blocked=True),
+        entry(known(DAY, 2 * DAY), whole=False, fault="/d/x: Permission denied", blocked=True),
         entry(None, fault="/d/x: holds no certificate"),
         entry(known(DAY, 2 * DAY, names=()), fault="no names"),
     ])

@@ -2211,7 +2211,7 @@ class Entry(NamedTuple):
     wanted: CertificateScope
     own: frozenset[str] = frozenset()
     facts: Facts | None = None
-    fits: bool = False              # whether the key is the certificate's
+    whole: bool = False             # whether certificate and key are there and fit
     fault: str = ""                 # why the files cannot be used
     blocked: bool = False           # whether they cannot even be looked into
     guarded: bool = False           # whether the key file is ours alone
@@ -2226,11 +2226,6 @@ class Entry(NamedTuple):
     def files(self) -> tuple[str, ...]:
         """The live paths that are ours to write."""
         return (self.chain,) if self.wanted.csr else (self.chain, self.key)
-
-    @property
-    def whole(self) -> bool:
-        """Whether certificate and key are there and fit."""
-        return self.facts is not None and self.fits
 
 
 class Inventory(NamedTuple):
@@ -2285,8 +2280,8 @@ def look(entry: Entry) -> Entry:
     about = memory.facts
     if about and not about.names and not entry.wanted.names:
         fault, blocked = f"{entry.chain}: names nothing in its subjectAltName; declare it, with names = ...", True
-    fits = not fault and about is not None and memory.key_hash == about.key
-    return Entry(*entry[:3], memory, *entry[4:7], about, fits, fault, blocked, guarded)
+    whole = not fault and about is not None and memory.key_hash == about.key
+    return Entry(*entry[:3], memory, *entry[4:7], about, whole, fault, blocked, guarded)
 
 
 def key_spelling(name: str) -> str:
@@ -2440,7 +2435,7 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
     if about is None:
         yield entry.fault or "declared, and not there yet"
         return
-    if not entry.fits:
+    if not entry.whole:
         yield entry.fault or "its key does not fit the certificate"
     if entry.own and (difference := changed(entry, about)):
         yield difference
@@ -5527,7 +5522,7 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
         try:
             client.revoke(der, REASONS[request.reason])
         except AcmeError as error:
-            if error.kind != "unauthorized" or not found or not found[0].fits or found[0].wanted.csr:
+            if error.kind != "unauthorized" or not found or not found[0].whole or found[0].wanted.csr:
                 raise
             log(f"{name}: the account may not revoke it ({error}); once more by the certificate's own key")
             client.revoke(der, REASONS[request.reason], by=parse_key(read(found[0].key)))
