@@ -2296,16 +2296,11 @@ def dropped(items: list[T]) -> Iterator[T]:
         yield items.pop()
 
 
-class Listing(NamedTuple):
-    """The names in a directory: how many, those of chains and, by NAME, of keys, and those not made live."""
-    files: int
-    chains: list[str]
-    keys: dict[str, str]
-    waiting: list[str]
+def list_names(directory: str) -> tuple[int, list[str], dict[str, str], list[str]]:
+    """The names in a directory: how many, those of chains and, by NAME, of keys, and those not made live.
 
-
-def list_names(directory: str) -> Listing:
-    """The names in a directory, in one look; subdirectories and wucme's own state are none of them."""
+    It takes one look; subdirectories and wucme's own state are none of them.
+    """
     files = 0
     chains: list[str] = []
     keys: dict[str, str] = {}
@@ -2325,7 +2320,7 @@ def list_names(directory: str) -> Listing:
                 elif kind == "wucme_c_" and end == ".pem" and len(plain) > 12 and not reserved(plain[8:-4]):
                     chains.append(name)
     chains.sort()
-    return Listing(files, chains, keys, waiting)
+    return files, chains, keys, waiting
 
 
 def scan(directory: str, default: CertificateScope, sections: Mapping[str, Section]) -> Inventory:
