@@ -1452,7 +1452,7 @@ def host_name(text: str) -> str:
         raise ValueError(f"{printable(text)!r} must be written in its xn-- form")
     if not name.isascii():
         name = name.encode("idna").decode()
-    labels = name[2:].split(".") if name.startswith("*.") else name.split(".")
+    labels = name.removeprefix("*.").split(".")
     if len(name) > 253 or not all(re.fullmatch(HOST_LABEL, label) for label in labels) or labels[-1].isdigit():
         raise ValueError(f"{printable(text)!r} is neither a host name nor an IP address")
     return name
