@@ -2378,9 +2378,8 @@ def next_try(failures: int, chance: float, now: float) -> float:
 
 def settle_window(window: Window, kept: tuple[float, ...], chance: float) -> tuple[float, ...]:
     """A window with the instant drawn in it; what was drawn in the same window before stays."""
-    if kept[:2] == (window.start, window.end):
-        return kept
-    return window.start, window.end, window.start + (window.end - window.start) * chance
+    start, end, _ = window
+    return kept if kept[:2] == (start, end) else (start, end, start + (end - start) * chance)
 
 
 def renewal_time(about: Facts, rule: Renewal) -> float:
