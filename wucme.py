@@ -2466,7 +2466,7 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
 def too_rare(entries: Iterable[Entry], runs: Sequence[float]) -> Iterator[str]:
     """What to say of each certificate that could expire between two runs, so rarely do they come."""
     gap = min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
-    for entry in entries if gap > 0 else ():
+    for entry in entries:
         room = entry.facts.not_after - due_at(entry) if entry.facts else 0.0
         if 0 < room < 2 * gap:
             yield (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
