@@ -1402,14 +1402,15 @@ def from_base64url(text: str) -> bytes:
 
 def jwk_key(text: bytes) -> PrivateKey:
     """The private key of a JWK (RFC 7517), as certbot keeps its account keys; PemError where it is none."""
+    def number(name: str) -> int:
+        return int.from_bytes(from_base64url(found[name]), "big")
+
     try:
         found = json.loads(text)
-        names = ("d",) if found["kty"] == "EC" else ("p", "q", "d", "dp", "dq", "qi", "e", "n")
-        numbers = [int.from_bytes(from_base64url(found[name]), "big") for name in names]
         if found["kty"] == "EC":
-            return ec.derive_private_key(numbers[0], getattr(ec, f"SEC{found['crv'].replace('-', '')}R1")())
-        p, q, d, dp, dq, qi, *public = numbers
-        return rsa.RSAPrivateNumbers(p, q, d, dp, dq, qi, rsa.RSAPublicNumbers(*public)).private_key()
+            return ec.derive_private_key(number("d"), getattr(ec, f"SEC{found['crv'].replace('-', '')}R1")())
+        return rsa.RSAPrivateNumbers(number("p"), number("q"), number("d"), number("dp"), number("dq"), number("qi"),
+                                     rsa.RSAPublicNumbers(number("e"), number("n"))).private_key()
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PemError("neither a PEM private key nor a whole JWK") from error
 
