@@ -1278,7 +1278,8 @@ def parse_certificate(pem: bytes) -> x509.Certificate:
         raise PemError(f"not a certificate: {printable(str(error))[:100]}") from error
 
 
-CURVES = {"06082a8648ce3d030107": "SECP256R1", "06052b81040022": "SECP384R1", "06052b81040023": "SECP521R1"}
+CURVES = {b"\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07": "SECP256R1", b"\x06\x05\x2b\x81\x04\x00\x22": "SECP384R1",
+          b"\x06\x05\x2b\x81\x04\x00\x23": "SECP521R1"}        # by their identifiers in DER
 
 
 def parse_odd_key(pem: bytes) -> PrivateKey | None:
@@ -1289,7 +1290,7 @@ def parse_odd_key(pem: bytes) -> PrivateKey | None:
         at = der.index(b"\x02\x01\x01\x04") + 4       # version 1, and an OCTET STRING of less than 128 bytes
         number = int.from_bytes(der[at + 1:at + 1 + der[at]], "big")
         for identifier, curve in CURVES.items():
-            if bytes.fromhex(identifier) in der:
+            if identifier in der:
                 return ec.derive_private_key(number, getattr(ec, curve)())
     return None
 
