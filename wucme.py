@@ -1469,8 +1469,7 @@ def alternatives(names: Iterable[str]) -> x509.SubjectAlternativeName:
 
 def signing_request(key: PrivateKey, names: Iterable[str], staple: bool = False) -> bytes:
     """A CSR (DER) with an empty subject and exactly these names (RFC 8555, 7.4); `staple`: as RFC 7633 says."""
-    builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
-    builder = builder.add_extension(alternatives(names), critical=False)
+    builder = x509.CertificateSigningRequestBuilder(x509.Name([])).add_extension(alternatives(names), critical=False)
     if staple:
         builder = builder.add_extension(x509.TLSFeature([x509.TLSFeatureType.status_request]), critical=False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
