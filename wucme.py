@@ -1498,7 +1498,7 @@ def key_of(pem: bytes) -> str:
 def challenge_certificate(name: str, digest: bytes) -> bytes:
     """The certificate, behind its key, that answers tls-alpn-01 for a name or address (RFC 8737 section 3)."""
     import datetime
-    key = cast("ec.EllipticCurvePrivateKey", new_key("ecdsa-p256"))
+    key = new_key("ecdsa-p256")
     now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(1)
     subject = x509.Name([])
     proof = x509.UnrecognizedExtension(x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31"), b"\x04\x20" + digest)
