@@ -4498,10 +4498,10 @@ def local_time(when: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(when)) if utc(when) else "never"
 
 
-def epoch(text: str) -> float:
-    """The time that `utc` wrote."""
+def epoch(text: str | None) -> int:
+    """The time that `utc` wrote; 0 for None."""
     import calendar
-    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")) if text else 0
 
 
 def certificate_json(decision: Decision, loads: list[Json]) -> Json:
@@ -4549,7 +4549,7 @@ def overdue(found: Iterable[Json], now: float) -> list[str]:
     """The certificates in the last quarter of their life that should be renewed by now, or that nothing renews."""
     lines = []
     for one in found:
-        start, end = (epoch(one[key] or "1970-01-01T00:00:00Z") for key in ("not_before", "not_after"))
+        start, end = epoch(one["not_before"]), epoch(one["not_after"])
         if end - (end - start) / 4 < now < end and (one["renew_at"] or "") <= (utc(now) or ""):
             lines.append(printable(f"{(one['names'] or [one['name']])[0]}: not renewed, ends {one['not_after']}"))
     return lines
@@ -4568,7 +4568,7 @@ def metrics_text(about: Json) -> str:
     """What status found, for Prometheus (text format 0.0.4)."""
     rows: list[tuple[str, str, Callable[[Json], Any]]] = [
         ("certificate_expiry_timestamp_seconds", "when the certificate ends",
-         lambda one: int(epoch(one["not_after"])) if one["not_after"] else 0),
+         lambda one: epoch(one["not_after"])),
         ("certificate_failures", "how often it failed in a row since the last success",
          lambda one: one["failures"]["count"] or int(bool(one["failures"]["problem"]))),
         ("loads_owed", "load items not done yet for the certificate on disk",
@@ -4580,7 +4580,7 @@ def metrics_text(about: Json) -> str:
                   for one in about["certificates"]]
     return "\n".join([*lines, "# HELP wucme_last_run_timestamp_seconds when wucme last ran",
                       "# TYPE wucme_last_run_timestamp_seconds gauge",
-                      f"wucme_last_run_timestamp_seconds {int(epoch(about['last_run']))}", ""])
+                      f"wucme_last_run_timestamp_seconds {epoch(about['last_run'])}", ""])
 
 
 # === 13. run: the one place that knows the order =================================================
