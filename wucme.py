@@ -4566,21 +4566,21 @@ def alert_text(run: RunScope, wrong: Sequence[str], lines: Sequence[str]) -> tup
 
 def metrics_text(about: Json) -> str:
     """What status found, for Prometheus (text format 0.0.4)."""
-    rows: list[tuple[str, str, Callable[[Json], Any]]] = [
-        ("certificate_expiry_timestamp_seconds", "when the certificate ends",
-         lambda one: epoch(one["not_after"])),
-        ("certificate_failures", "how often it failed in a row since the last success",
-         lambda one: one["failures"]["count"] or int(bool(one["failures"]["problem"]))),
-        ("loads_owed", "load items not done yet for the certificate on disk",
-         lambda one: sum(load["state"] == "owed" for load in one["loads"]))]
+    ends, failures, owed = [], [], []       # each as what stands behind the name of the metric
+    for one in about["certificates"]:
+        label = f'{{name={json.dumps(printable(one["name"]), ensure_ascii=False)}}}'
+        ends.append(f"{label} {epoch(one['not_after'])}")
+        failures.append(f"{label} {one['failures']['count'] or int(bool(one['failures']['problem']))}")
+        owed.append(f"{label} {sum(load['state'] == 'owed' for load in one['loads'])}")
     lines = []
-    for name, text, value in rows:
-        lines += [f"# HELP wucme_{name} {text}", f"# TYPE wucme_{name} gauge"]
-        lines += [f'wucme_{name}{{name={json.dumps(printable(one["name"]), ensure_ascii=False)}}} {value(one)}'
-                  for one in about["certificates"]]
-    return "\n".join([*lines, "# HELP wucme_last_run_timestamp_seconds when wucme last ran",
-                      "# TYPE wucme_last_run_timestamp_seconds gauge",
-                      f"wucme_last_run_timestamp_seconds {epoch(about['last_run'])}", ""])
+    for name, text, values in (
+            ("certificate_expiry_timestamp_seconds", "when the certificate ends", ends),
+            ("certificate_failures", "how often it failed in a row since the last success", failures),
+            ("loads_owed", "load items not done yet for the certificate on disk", owed),
+            ("last_run_timestamp_seconds", "when wucme last ran", [f" {epoch(about['last_run'])}"])):
+        lines += [f"# HELP wucme_{name} {text}\n# TYPE wucme_{name} gauge\n",
+                  *(f"wucme_{name}{value}\n" for value in values)]
+    return "".join(lines)
 
 
 # === 13. run: the one place that knows the order =================================================
