@@ -4537,7 +4537,7 @@ def troubles(found: Iterable[Json], now: float) -> list[str]:
     lines = []
     for one in found:
         wrong = [f"failed: {one['failures']['problem']}"] if one["failures"]["problem"] else []
-        if not one["not_after"] or one["not_after"] <= (utc(now) or ""):
+        if (one["not_after"] or "") <= (utc(now) or ""):
             wrong.append(f"expired {one['not_after']}" if one["not_after"] else "not there")
         wrong += [": ".join(filter(None, ["owed", load["item"], load["problem"]]))
                   for load in one["loads"] if load["state"] == "owed"]
