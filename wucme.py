@@ -4557,8 +4557,8 @@ def overdue(found: Iterable[Json], now: float) -> list[str]:
 
 def alert_text(run: RunScope, wrong: Sequence[str], lines: Sequence[str]) -> tuple[dict[str, str], str]:
     """What an item of `alert` finds in its environment, and what it reads."""
-    subject = f"wucme on {run.host}: {len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else \
-        f"wucme on {run.host}: all is well again"
+    state = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else "all is well again"
+    subject = f"wucme on {run.host}: {state}"
     told = {"WUCME_SUBJECT": subject, "WUCME_PROBLEMS": str(len(wrong)), "WUCME_HOST": run.host,
             "WUCME_DIRECTORY": run.directory}
     return told, "\n".join([subject, "", *wrong, *([""] if wrong else []), *lines, ""])
