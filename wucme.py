@@ -4467,7 +4467,7 @@ class Report(NamedTuple):
 
     def count(self, *states: str) -> int:
         """How many ended in one of these states."""
-        return sum(one.state in states for one in [*self.certificates, *self.loads])
+        return sum(one.state in states for one in self.certificates + self.loads)
 
     def tally(self) -> str:
         """The last line of a run."""
@@ -4483,7 +4483,7 @@ class Report(NamedTuple):
     @property
     def news(self) -> bool:
         """Whether there is anything to tell someone who did not ask."""
-        return any(one.news for one in [*self.certificates, *self.loads])
+        return any(one.news for one in self.certificates + self.loads)
 
 
 def utc(when: float) -> str | None:
