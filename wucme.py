@@ -2368,6 +2368,7 @@ class Window(NamedTuple):
     about: str
 
 
+NEVER = float("inf")                        # the end of time
 LONGEST_WAIT = 7 * 86400.0                  # no rate limit of a CA is longer
 LADDER = (60.0, 600.0, 6000.0, 86400.0)     # seconds to the next try after so many refusals by a CA
 
@@ -2392,13 +2393,13 @@ def renewal_time(about: Facts, rule: Renewal) -> float:
         return about.not_after - lifetime * rule.share
     if rule.auto:
         return about.not_after - lifetime / (2 if lifetime < 10 * 86400 else 3)
-    return float("inf")
+    return NEVER
 
 
 def due_at(entry: Entry) -> float:
     """The instant at which a certificate is due by its dates or its CA's wish; the end of time for never."""
-    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else float("inf")
-    return min(at, entry.memory.window[2]) if entry.memory.window and at < float("inf") else at
+    at = renewal_time(entry.facts, entry.wanted.renew) if entry.facts else NEVER
+    return min(at, entry.memory.window[2]) if entry.memory.window and at < NEVER else at
 
 
 def wanted_names(entry: Entry) -> tuple[str, ...]:
@@ -2479,7 +2480,7 @@ def dates(decision: Decision, now: float) -> str:
     about = decision.entry.facts
     if about is None:
         return f"{decision.entry.title}: {decision.reason}"
-    renew = "never" if decision.renew_at == float("inf") else str(days(decision.renew_at - now))
+    renew = "never" if decision.renew_at == NEVER else str(days(decision.renew_at - now))
     return (f"{decision.entry.title} !before: {gmt(about.not_before)} !after: {gmt(about.not_after)} "
             f"expires: {days(about.not_after - now)} renew: {renew}")
 
