@@ -1264,8 +1264,8 @@ def certificates(pem: bytes) -> list[bytes]:
 
 def private_key(pem: bytes) -> bytes:
     """The private key of a PEM text; b"" where there is none."""
-    kinds = "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY"
-    return next(iter(blocks(pem, *kinds)), b"")
+    found = blocks(pem, "PRIVATE KEY", "EC PRIVATE KEY", "RSA PRIVATE KEY", "ENCRYPTED PRIVATE KEY")
+    return found[0] if found else b""
 
 
 def parse_certificate(pem: bytes) -> x509.Certificate:
