@@ -1222,9 +1222,7 @@ KEY_KINDS = ("ecdsa-p256", "ecdsa-p384", "rsa-2048", "rsa-3072", "rsa-4096")
 CHAIN_LENGTH = 10               # certificates; no CA sends more
 BASE64URL = r"[A-Za-z0-9_-]{1,256}"  # as challenges and nonces are
 SKEW_SECONDS = 300              # how far our clock and the CA's may differ
-PEM_BEGIN = rb"-----BEGIN ([A-Z0-9 ]+)-----\s"
 HOST_LABEL = r"(?!-)[a-z0-9_-]{1,63}(?<!-)"
-DEVIATIONS = "\u00df\u03c2\u200c\u200d"        # what Python's old IDNA makes another domain of (UTS 46 section 7)
 
 
 class Facts(NamedTuple):
@@ -1242,8 +1240,8 @@ class Facts(NamedTuple):
 
 def pem_blocks(pem: bytes) -> Iterator[tuple[str, bytes]]:
     """Label and text of each PEM block (RFC 7468), line ends made plain; in one pass, whatever the text holds."""
-    at, label = 0, re.compile(PEM_BEGIN)
-    while begin := label.search(pem, at):
+    at, beginning = 0, re.compile(rb"-----BEGIN ([A-Z0-9 ]+)-----\s")
+    while begin := beginning.search(pem, at):
         closing = b"-----END " + begin[1] + b"-----"
         stop = pem.find(closing, begin.end())
         if stop < 0:
@@ -1450,7 +1448,7 @@ def host_name(text: str) -> str:
         import ipaddress
         with contextlib.suppress(ValueError):
             return str(ipaddress.ip_address(bare))
-    if set(name) & set(DEVIATIONS):
+    if set(name) & set("\u00df\u03c2\u200c\u200d"):     # Python's old IDNA makes another domain of it (UTS 46, 7)
         raise ValueError(f"{printable(text)!r} must be written in its xn-- form")
     if not name.isascii():
         name = name.encode("idna").decode()
