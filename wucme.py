@@ -2439,10 +2439,8 @@ def reasons(entry: Entry, now: float, at: float) -> Iterator[str]:
     if window and now >= window[2] and not entry.wanted.renew.never:
         explained = f" ({entry.memory.about})" if entry.memory.about else ""
         yield f"the CA would have it renewed from {gmt(window[0])} to {gmt(window[1])}{explained}"
-    if now >= max(at, about.not_after):
-        yield "expired"
     if now >= at:
-        yield f"expires in {days(about.not_after - now)} days"
+        yield f"expires in {days(about.not_after - now)} days" if now < about.not_after else "expired"
 
 
 def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) -> Decision:
