@@ -4503,14 +4503,14 @@ def epoch(text: str | None) -> int:
 
 def certificate_json(decision: Decision, loads: list[Json]) -> Json:
     """One certificate as status --json has it."""
-    entry, about = decision.entry, decision.entry.facts
-    problem, next_time = entry.memory.problem, max(entry.memory.retry_at, entry.memory.held_until)
+    entry, about, memory = decision.entry, decision.entry.facts, decision.entry.memory
+    next_time = max(memory.retry_at, memory.held_until)
     return {"name": entry.name, "file": entry.chain, "names": list(about.names if about else entry.wanted.names),
             **{key: getattr(about, key, None) for key in ("issuer", "serial", "fingerprint")},
             "not_before": about and utc(about.not_before), "not_after": about and utc(about.not_after),
             "due": decision.due, "reason": decision.reason, "renew_at": utc(decision.renew_at),
-            "failures": {"count": entry.memory.failures, "next": utc(next_time) if problem and next_time else None,
-                         "problem": problem}, "loads": loads if about else []}
+            "failures": {"count": memory.failures, "next": utc(next_time) if memory.problem and next_time else None,
+                         "problem": memory.problem}, "loads": loads if about else []}
 
 
 def certificate_text(decision: Decision, found: Json, now: float) -> list[str]:
