@@ -6556,8 +6556,7 @@ def understand(words: Sequence[str], given: Mapping[str, str]) -> tuple[Settings
     # Trying out is for one CA and loads nothing, whatever other options say.
     options = {key: text for key, text in given.items()
                if key in SETTINGS and not (flags["staging"] and key in ("server", "load"))}
-    ini = given.get("ini") or os.environ.get("WUCME_INI", "")
-    named = os.path.abspath(os.path.expanduser(ini)) if ini else ""
+    named = a_path(given.get("ini") or os.environ.get("WUCME_INI", ""))
     fresh = verb == "issue" and named and not os.path.exists(named)
     common = {key: text for key, text in options.items()
               if verb != "issue" or key not in CertificateScope._field_defaults}
