@@ -1904,7 +1904,7 @@ class Settings(NamedTuple):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint at what was probably meant; "" if nothing is near."""
     import difflib
-    close = difflib.get_close_matches(word, list(known), 1, 0.6)
+    close = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
