@@ -1918,14 +1918,14 @@ INI_FAULTS = {
 def parse_ini(source: Source) -> dict[str, dict[str, str]]:
     """The sections of an ini as texts; SettingsError with file and line for what is not one."""
     import configparser
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="")
+    parser = configparser.RawConfigParser(delimiters=("=",), default_section="")
     lines = source.text.split("\n")
     for number, line in enumerate(lines, 1):
         if "\0" in line or re.match(r"\[.*[^]\s]\s*$|\s*\[[^]]*\]\s+[#;]", line):
             raise SettingsError(f"{source.path}:{number}: {printable(line)!r}: nothing may stand behind a section's "
                                 "title, and no NUL anywhere")
     try:
-        parser.read_file(lines, source.path)
+        parser.read_file(lines)
     except configparser.Error as error:
         about: Any = error
         number = about.lineno if hasattr(about, "lineno") else about.errors[0][0]
