@@ -1652,10 +1652,13 @@ class Hook(NamedTuple):
     end: tuple[str, ...]            # () for none
 
 
+Address = tuple[str, int]       # host and port
+
+
 class Updates(NamedTuple):
     """A TSIG key file for nsupdate, and the server and zone to change, "" for what the DNS says."""
     key: str
-    server: tuple[str, int]         # host and port
+    server: Address
     zone: str
 
 
@@ -1703,7 +1706,7 @@ def a_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text)) if text else ""
 
 
-def an_address(text: str) -> tuple[str, int]:
+def an_address(text: str) -> Address:
     """An address to listen on, as host and port; host "" is every address."""
     match = re.fullmatch(r"(\[.+\]|[^][:]*):([0-9]{1,5})", text)
     if not match or not 0 < int(match[2]) < 65536:
@@ -1711,7 +1714,7 @@ def an_address(text: str) -> tuple[str, int]:
     return match[1].strip("[]"), int(match[2])
 
 
-def some_addresses(text: str) -> tuple[tuple[str, int], ...] | None:
+def some_addresses(text: str) -> tuple[Address, ...] | None:
     """Addresses to listen on, or none; None where that is left open."""
     return each(an_address)("" if text == "none" else text) if text else None
 
@@ -1803,12 +1806,12 @@ class CertificateScope(NamedTuple):
     challenge: tuple[str, ...] = setting(
         some_challenges, "http-01", "how control of the names is proved, in order of preference: "
         + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order")
-    listen: tuple[tuple[str, int], ...] | None = setting(
+    listen: tuple[Address, ...] | None = setting(
         some_addresses, "", "where http-01 is answered while an order runs, several by blanks; the CA asks at port 80, "
         "or whatever your router makes of it; default: :80, or none where webroot, stateless or a hook answers; none "
         "and nothing else: a web server answers, from tokens/ or by this program as its CGI script",
         "ADDRESS:PORT")
-    listen_tls: tuple[tuple[str, int], ...] | None = setting(
+    listen_tls: tuple[Address, ...] | None = setting(
         some_addresses, "", "the same for tls-alpn-01; the CA asks at port 443; default: :443, or none where a hook "
         "answers", "ADDRESS:PORT")
     webroot: tuple[str, ...] = setting(some_paths, "", "document roots of a web server that answers http-01, by blanks",
