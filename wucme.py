@@ -1763,8 +1763,8 @@ some_servers = of_form(".+", "must name a CA", each(lambda word: a_url(word) if 
 
 class RunScope(NamedTuple):
     """Settings of the whole run."""
-    directory: str = setting(a_path, "", "where certificates, keys and state are; default: /etc/wucme for "
-                             "root, else ~/.wucme", "PATH")
+    directory: str = setting(
+        a_path, "", "where certificates, keys and state are; default: /etc/wucme for root, else ~/.wucme", "PATH")
     log: str = setting(a_path, "", "the log file; default: wucme.log in the directory", "PATH")
     backups: int = setting(a_count, "3", "how many old certificates (and keys) are kept of each")
     workers: int = setting(a_number, "4", "how many certificates are obtained side by side")
@@ -1778,34 +1778,34 @@ class RunScope(NamedTuple):
         some_lines, "", "@ and $ items, one a line, that get the report to read when the set of problems changes, and "
         "daily for a certificate that is late in the last quarter of its life", "ITEM")
     metrics: str = setting(a_path, "", "a file for Prometheus (textfile collector), written by each run", "PATH")
-    host: str = setting(a_label, "", "this host's name in a directory that several share; default: the host "
-                        "name", "NAME")
+    host: str = setting(
+        a_label, "", "this host's name in a directory that several share; default: the host name", "NAME")
 
 
 class CertificateScope(NamedTuple):
     """Settings of one certificate."""
     server: tuple[str, ...] = setting(
-        some_servers, "letsencrypt", "the CA: " + ", ".join(KNOWN_SERVERS) + ", the name of a [server NAME] section, "
-        "or the URL of an ACME directory; several in order of preference: the next is asked when one cannot be "
-        "reached, or has refused three times")
+        some_servers, "letsencrypt", f"the CA: {', '.join(KNOWN_SERVERS)}, the name of a [server NAME] section, or the "
+        "URL of an ACME directory; several in order of preference: the next is asked when one cannot be reached, or "
+        "has refused three times")
     names: tuple[str, ...] = setting(each(host_name), "", "host names and IP addresses; default: the section's title",
                                      "NAME...", local=True)
-    key: str = setting(a_key_kind, "ecdsa-p256", "kind of a new key: " + ", ".join(KEY_KINDS))
+    key: str = setting(a_key_kind, "ecdsa-p256", f"kind of a new key: {', '.join(KEY_KINDS)}")
     rotate: bool = setting(a_flag, "no", "make a new key for each renewal; the chain file then holds the key too, "
                            "and the key file is a link to it")
     renew: Renewal = setting(a_renewal, "auto", "when: auto (a third of the lifetime left, half under 10 days), "
                              "30d, 12h, 25%, never; a bare number is days")
     profile: str = setting(str, "", "which of the profiles that the CA offers; default: the CA's choice", "NAME")
-    chain: str = setting(str, "", "if the CA offers several chains, the first with a certificate whose name holds this "
-                         "text, or whose SHA-256 fingerprint or key identifier begins so; a number: that one of the "
-                         "alternates", "TEXT")
+    chain: str = setting(
+        str, "", "if the CA offers several chains, the first with a certificate whose name holds this text, or whose "
+        "SHA-256 fingerprint or key identifier begins so; a number: that one of the alternates", "TEXT")
     csr: str = setting(a_path, "", "a signing request (PEM) for just these names, whose key is kept elsewhere", "PATH",
                        local=True)
     must_staple: bool = setting(a_flag, "no", "ask for a certificate that counts with a stapled OCSP answer alone (RFC "
                                 "7633); few CAs still give one", local=True)
     challenge: tuple[str, ...] = setting(
         some_challenges, "http-01", "how control of the names is proved, in order of preference: "
-        + ", ".join(CHALLENGE_TYPES) + "; when one fails the next is tried in a new order")
+        f"{', '.join(CHALLENGE_TYPES)}; when one fails the next is tried in a new order")
     listen: tuple[Address, ...] | None = setting(
         some_addresses, "", "where http-01 is answered while an order runs, several by blanks; the CA asks at port 80, "
         "or whatever your router makes of it; default: :80, or none where webroot, stateless or a hook answers; none "
@@ -1824,10 +1824,10 @@ class CertificateScope(NamedTuple):
     nsupdate: Updates | None = setting(
         updates_or_none, "", "answer dns-01 by nsupdate with this TSIG key file, at this server and in this zone if "
         "the DNS does not say the right ones", "KEYFILE [SERVER[:PORT]] [ZONE]")
-    dns_wait: float = setting(a_duration, "2m", "the longest to wait until every name server of the zone has the "
-                              "record of dns-01")
-    load: tuple[str, ...] = setting(some_lines, "", "what to do when a certificate is new, one item a line: see "
-                                    "LOAD LIST", "ITEM")
+    dns_wait: float = setting(
+        a_duration, "2m", "the longest to wait until every name server of the zone has the record of dns-01")
+    load: tuple[str, ...] = setting(
+        some_lines, "", "what to do when a certificate is new, one item a line: see LOAD LIST", "ITEM")
     load_timeout: float = setting(a_limit, "5m", "the longest that one item of load may take")
     grace: float = setting(a_duration, "10s", "how long a ? item waits for the server to serve the new certificate")
 
@@ -2163,8 +2163,8 @@ def settings_help() -> str:
     for scope, (_, whose) in SCOPES.items():
         lines.append(f"  of {whose}:")
         for name, field in scope._field_defaults.items():
-            lines.append(f"  {name} = {field.default or field.form}" + ("  (in a section only)" if field.local else ""))
-            lines.append(wrapped(field.help, 96, "      "))
+            lines += [f"  {name} = {field.default or field.form}" + "  (in a section only)" * field.local,
+                      wrapped(field.help, 96, "      ")]
     return "\n".join(lines) + "\n"
 
 
