@@ -6462,7 +6462,7 @@ def manual() -> str:
 
 def known_options() -> dict[str, tuple[str, str]]:
     """Every option: the flag or setting that it is of, and what it says of that, "" for what stands behind it."""
-    found = {"ini": ("ini", ""), "reason": ("reason", ""), "csr": ("csr", "")}
+    found = {name: (name, "") for name in ("ini", "reason", "csr")}
     found.update({flag.replace("_", "-"): (flag, "yes") for flag in FLAGS})
     for key, field in SETTINGS.items():
         option = key.replace("_", "-")
@@ -6522,12 +6522,13 @@ def act(settings: Settings, request: Request, world: World) -> int:
         print(json.dumps(found.about, indent=1) if request.json else "\n".join(found.lines))
         return found.status
     if request.verb == "check":
-        problems = 0
+        status = 0
         for one in diagnose(settings, request, world):
-            problems += one.level == PROBLEM
+            if one.level == PROBLEM:
+                status = 1
             if one.level == PROBLEM or not log.quiet:
                 print(f"{one.level:8}{printable(f'{one.about}: {one.text}')}", flush=True)
-        return int(problems > 0)
+        return status
     open_log(settings.run)
     verb = cast("Callable[[Settings, Request, World], Report]", VERBS[request.verb])
     report = verb(settings, request, world)
