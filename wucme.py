@@ -2089,7 +2089,8 @@ def declare(settings: Settings, names: Sequence[str], options: Mapping[str, str]
     wanted = parse_value(NOWHERE, "", "names", " ".join(names))
     csr = a_path(options.get("csr", ""))
     try:
-        wanted = wanted or (request_facts(read(csr))[1] if csr else ())
+        if csr and not wanted:
+            wanted = request_facts(read(csr))[1]
     except WucmeError as error:
         raise SettingsError(f"--csr: {error}") from error
     if not wanted:
