@@ -6464,11 +6464,11 @@ def manual() -> str:
 def known_options() -> dict[str, tuple[str, str]]:
     """Every option: the flag or setting that it is of, and what it says of that, "" for what stands behind it."""
     found = {name: (name, "") for name in ("ini", "reason", "csr")}
-    found.update({flag.replace("_", "-"): (flag, "yes") for flag in FLAGS})
+    found |= {flag.replace("_", "-"): (flag, "yes") for flag in FLAGS}
     for key, field in SETTINGS.items():
         option = key.replace("_", "-")
         if field.kind is a_flag:
-            found.update({option: (key, "yes"), f"no-{option}": (key, "no")})
+            found |= {option: (key, "yes"), f"no-{option}": (key, "no")}
         elif not field.local and field.kind is not Secret:
             found[option] = key, ""
     return found
