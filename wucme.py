@@ -6557,10 +6557,9 @@ def understand(words: Sequence[str], given: Mapping[str, str]) -> tuple[Settings
     for option, verbs in ONLY_WITH.items():
         if option in given and verb not in verbs:
             raise SettingsError(f"--{option.replace('_', '-')} goes with {' and '.join(verbs)}, not with {verb}")
-    flags = {flag: flag in given for flag in FLAGS}
     # Trying out is for one CA and loads nothing, whatever other options say.
     options = {key: text for key, text in given.items()
-               if key in SETTINGS and not (flags["staging"] and key in ("server", "load"))}
+               if key in SETTINGS and not ("staging" in given and key in ("server", "load"))}
     named = a_path(given.get("ini") or os.environ.get("WUCME_INI", ""))
     fresh = verb == "issue" and named and not os.path.exists(named)
     common = {key: text for key, text in options.items()
@@ -6571,8 +6570,8 @@ def understand(words: Sequence[str], given: Mapping[str, str]) -> tuple[Settings
         if fault := anyone_may_write(path):
             raise SettingsError(fault)
     request = Request(verb, tuple(names), options=options, ini=named, reason=given.get("reason") or "unspecified",
-                      **pick(Request, flags))
-    return staging(settings) if flags["staging"] else settings, request
+                      **pick(Request, {flag: flag in given for flag in FLAGS}))
+    return staging(settings) if request.staging else settings, request
 
 
 def main(argv: Sequence[str] | None = None, world: World = REAL) -> int:
