@@ -1809,8 +1809,7 @@ class CertificateScope(NamedTuple):
     listen: tuple[Address, ...] | None = setting(
         some_addresses, "", "where http-01 is answered while an order runs, several by blanks; the CA asks at port 80, "
         "or whatever your router makes of it; default: :80, or none where webroot, stateless or a hook answers; none "
-        "and nothing else: a web server answers, from tokens/ or by this program as its CGI script",
-        "ADDRESS:PORT")
+        "and nothing else: a web server answers, from tokens/ or by this program as its CGI script", "ADDRESS:PORT")
     listen_tls: tuple[Address, ...] | None = setting(
         some_addresses, "", "the same for tls-alpn-01; the CA asks at port 443; default: :443, or none where a hook "
         "answers", "ADDRESS:PORT")
