@@ -2665,6 +2665,7 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
     import socketserver
 
     class Page(http.server.BaseHTTPRequestHandler):
+        server: Any
         timeout = 5                     # between two packets; Guests have a total
 
         def setup(self) -> None:
@@ -2672,7 +2673,7 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
             self.rfile = cast("Any", Capped(self.rfile))
 
         def do_GET(self) -> None:
-            body = (cast("Any", self.server).answers.find(self.path) or "").encode()
+            body = (self.server.answers.find(self.path) or "").encode()
             self.send_response_only(200 if body else 404)
             self.send_header("Content-Type", "application/octet-stream")
             self.send_header("Content-Length", str(len(body)))
@@ -2686,29 +2687,24 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
             pass
 
     class Greeting(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            server = cast("Any", self.server)
-            self.request.settimeout(5)
-            # The wrapped socket takes the plain one's place, also among the guests.
-            server.guests.forget(self.request)
-            secure = server.context.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
-            server.guests.admit(secure)
-            try:
-                secure.do_handshake()
-                server.answers.greeted(secure)
-            finally:
-                server.guests.forget(secure)
-                secure.close()
+        server: Any
 
-    class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
+        def handle(self) -> None:
+            self.request.settimeout(5)
+            self.request.do_handshake()
+            self.server.answers.greeted(self.request)
+
+    class Server(socketserver.ThreadingTCPServer):
         daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 128, True
 
         def __init__(self, family: int, address: tuple[str, int], answers: Answers) -> None:
             self.address_family, self.answers, self.guests = family, answers, Guests()
-            self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.context.set_alpn_protocols(["acme-tls/1"])
-            self.context.sni_callback = answers.greet
             super().__init__(address, Page if kind == "http-01" else Greeting)
+            if kind == "tls-alpn-01":
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                context.set_alpn_protocols(["acme-tls/1"])
+                context.sni_callback = answers.greet
+                self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
 
         def server_bind(self) -> None:
             if self.address_family == socket.AF_INET6:
