@@ -2610,38 +2610,6 @@ class Answers:
                 self.hear(token, name)
 
 
-class Guests:
-    """The open connections of a listener: so many, each for so long; the oldest makes room."""
-
-    def __init__(self) -> None:
-        self.open: dict[Any, float] = {}
-        self.guard = threading.Lock()
-
-    def admit(self, guest: Any) -> None:
-        """A new connection."""
-        with self.guard:
-            while len(self.open) >= OPEN_CONNECTIONS:
-                self.dismiss(next(iter(self.open)))
-            self.open[guest] = time.monotonic() + CONNECTION_SECONDS
-
-    def dismiss(self, guest: Any) -> None:
-        """Cut a connection; its thread sees the end of it."""
-        del self.open[guest]
-        with contextlib.suppress(OSError):
-            guest.shutdown(2)
-
-    def dismiss_late(self) -> None:
-        """Cut those whose time is over."""
-        with self.guard:
-            for late in [guest for guest, until in self.open.items() if until < time.monotonic()]:
-                self.dismiss(late)
-
-    def forget(self, guest: Any) -> None:
-        """A connection that has ended."""
-        with self.guard:
-            self.open.pop(guest, None)
-
-
 class Capped:
     """A request that ends after so many bytes, whatever its sender goes on to send."""
 
@@ -2666,7 +2634,7 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
 
     class Page(http.server.BaseHTTPRequestHandler):
         server: Any
-        timeout = 5                     # between two packets; Guests have a total
+        timeout = 5                     # between two packets; the server has a total
 
         def setup(self) -> None:
             super().setup()
@@ -2698,7 +2666,9 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
         daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 128, True
 
         def __init__(self, family: int, address: tuple[str, int], answers: Answers) -> None:
-            self.address_family, self.answers, self.guests = family, answers, Guests()
+            self.address_family, self.answers = family, answers
+            self.guests: dict[Any, float] = {}      # open connections, the oldest first, and the end of each
+            self.guard = threading.Lock()           # none is closed while it is cut
             super().__init__(address, Page if kind == "http-01" else Greeting)
             if kind == "tls-alpn-01":
                 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2712,14 +2682,21 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
             super().server_bind()
 
         def process_request(self, request: Any, client_address: Any) -> None:
-            self.guests.admit(request)
+            self.guests[request] = time.monotonic() + CONNECTION_SECONDS
             super().process_request(request, client_address)
 
         def service_actions(self) -> None:
-            self.guests.dismiss_late()
+            """Cut those whose time is over, and the oldest of too many; their threads see the end of it."""
+            with self.guard:
+                for guest, until in list(self.guests.items()):
+                    if until < time.monotonic() or len(self.guests) > OPEN_CONNECTIONS:
+                        del self.guests[guest]
+                        with contextlib.suppress(OSError):
+                            guest.shutdown(2)
 
         def shutdown_request(self, request: Any) -> None:
-            self.guests.forget(request)
+            with self.guard:
+                self.guests.pop(request, None)
             super().shutdown_request(request)
 
         def handle_error(self, *_: Any) -> None:
