@@ -2610,27 +2610,21 @@ class Answers:
                 self.hear(token, name)
 
 
-class Capped:
-    """A request that ends after so many bytes, whatever its sender goes on to send."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.left = REQUEST_BYTES
-
-    def readline(self, limit: int = -1) -> bytes:
-        """The next line, as far as the budget goes."""
-        line: bytes = self.stream.readline(self.left if limit < 0 else min(limit, self.left))
-        self.left -= len(line)
-        return line
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not one long function
+def listener_class(kind: str) -> Any:  # noqa: C901 - four small classes, not one long function
     """The server that listens for one challenge type, made on the days when it is needed."""
     import http.server
+    import io
     import socketserver
+
+    class Capped(io.BufferedReader):
+        """A request that ends after so many bytes, whatever its sender goes on to send."""
+        left = REQUEST_BYTES
+
+        def readline(self, _: int | None = -1) -> bytes:
+            """The next line, as far as the budget goes; it is less than any limit that is asked for."""
+            line = super().readline(self.left)
+            self.left -= len(line)
+            return line
 
     class Page(http.server.BaseHTTPRequestHandler):
         server: Any
@@ -2638,7 +2632,7 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - three small classes, not o
 
         def setup(self) -> None:
             super().setup()
-            self.rfile = cast("Any", Capped(self.rfile))
+            self.rfile = Capped(self.rfile.detach())
 
         def do_GET(self) -> None:
             body = (self.server.answers.find(self.path) or "").encode()
