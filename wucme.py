@@ -2562,52 +2562,52 @@ class Answers:
 
     def __init__(self, directory: str) -> None:
         self.directory = os.path.join(directory, "tokens")
-        self.texts: dict[str, str] = {}
-        self.contexts: dict[str, tuple[Any, str]] = {}      # by server name: TLS context and token
-        self.asked: dict[str, threading.Event] = {}
+        self.texts: dict[str, tuple[str, threading.Event]] = {}
+        self.contexts: dict[str, tuple[Any, str, threading.Event]] = {}     # by server name: TLS context and token
         self.heard: set[str] = set()
 
     def publish(self, token: str, text: str, asked: threading.Event) -> None:
         """Answer this token from now on; the event is set when it is asked for."""
         make_directory(self.directory)
         plant(self.directory, [], token, text.encode())
-        self.texts[token], self.asked[token] = text, asked
+        self.texts[token] = text, asked
 
     def withdraw(self, token: str) -> None:
         """Answer this token no more."""
         self.texts.pop(token, None)
-        self.asked.pop(token, None)
         remove(os.path.join(self.directory, token))
 
-    def hear(self, token: str, where: str) -> None:
+    def hear(self, token: str, where: str, asked: threading.Event) -> None:
         """Note that the CA has asked."""
         log.detail(f"challenge {token} asked for at {where}")
-        asked = self.asked.get(token)
-        if asked is not None and token not in self.heard:       # once: strangers may ask too
+        if token not in self.heard:     # once: strangers may ask too
             asked.set()
         self.heard.add(token)
 
     def find(self, target: str) -> str | None:
         """The answer to a request target, absolute or prefixed; None for what is not published."""
         before, found, token = target.partition("?")[0].rpartition(WELL_KNOWN)
-        text = self.texts.get(token) if found else None
-        if text is not None:
-            self.hear(token, before + WELL_KNOWN)
+        answer = self.texts.get(token) if found else None
+        if answer is None:
+            return None
+        text, asked = answer
+        self.hear(token, before + WELL_KNOWN, asked)
         return text
 
     def greet(self, connection: Any, name: str | None, _: object) -> int | None:
         """Choose the certificate for a TLS greeting; an alert where there is none."""
-        context, _token = self.contexts.get((name or "").lower(), (None, ""))
-        if context is None:
+        where = (name or "").lower()
+        found = self.contexts.get(where)
+        if found is None:
             return 112                  # unrecognized_name (RFC 6066 section 3)
-        connection.context = context
+        connection.context, token, asked = found
+        connection.question = token, where, asked
         return None
 
     def greeted(self, connection: Any) -> None:
         """Note a TLS handshake that was the CA's."""
-        for name, (context, token) in list(self.contexts.items()):
-            if context is connection.context and connection.selected_alpn_protocol() == "acme-tls/1":
-                self.hear(token, name)
+        if connection.selected_alpn_protocol() == "acme-tls/1":
+            self.hear(*connection.question)
 
 
 def listener_class(kind: str) -> Any:  # noqa: C901 - four small classes, not one long function
@@ -2913,18 +2913,16 @@ def by_greeting(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
         finally:
             remove(path)
         # Only one answer can be given for a name: another certificate with it comes first, or waits.
-        while answers.contexts.setdefault(name, (context, one.token))[1] != one.token:
+        while answers.contexts.setdefault(name, (context, one.token, task.asked))[1] != one.token:
             if world.monotonic() > task.until:
                 raise ChallengeError(f"{name}: another certificate's proof of it takes too long")
             world.sleep(0.05)
         journal.add("listen_tls", one, name)
-        answers.asked[one.token] = task.asked
 
 
 def undo_greeting(task: Task, row: Published, _: str) -> str:
     """Show a certificate for tls-alpn-01 no more."""
     task.answers.contexts.pop(row.place, None)
-    task.answers.asked.pop(row.proof.token, None)
     return ""
 
 
