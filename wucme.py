@@ -2725,32 +2725,29 @@ class Listener:
     def __init__(self, place: Place, answers: Answers) -> None:
         server, host = listener_class(place.kind), place.host
         self.servers: list[Any] = []
-        self.serving = False
-        families = [(socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")] if not host else \
-            [(socket.AF_INET6 if ":" in host else socket.AF_INET, host)]
         try:
-            for family, address in families:
+            for address in [host] if host else ["::", "0.0.0.0"]:
+                family = socket.AF_INET6 if ":" in address else socket.AF_INET
                 try:
                     self.servers.append(server(family, (address, place.port), answers))
                 except OSError as error:
                     # A host without IPv6 listens on IPv4 alone.
-                    if host or family != socket.AF_INET6 or error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    if host or family == socket.AF_INET or error.errno in (errno.EADDRINUSE, errno.EACCES):
                         raise
                     log(f"no IPv6 on port {place.port}: {error.strerror}; listening on IPv4 alone")
         except OSError as error:
-            self.close()
+            for one in self.servers:
+                one.server_close()
             raise ChallengeError(listen_reason(host, place.port, error), place.kind) from error
-        self.serving = True
         for one in self.servers:
             threading.Thread(target=one.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         """Listen no more."""
         for one in self.servers:
-            if self.serving:
-                with contextlib.suppress(OSError):      # wakes its thread at once, where the kernel can
-                    one.socket.shutdown(socket.SHUT_RDWR)
-                one.shutdown()      # or its thread would poll a closed socket for ever
+            with contextlib.suppress(OSError):      # wakes its thread at once, where the kernel can
+                one.socket.shutdown(socket.SHUT_RDWR)
+            one.shutdown()          # or its thread would poll a closed socket for ever
             one.server_close()
 
 
