@@ -2496,18 +2496,16 @@ COMMAND_SECONDS = 30.0          # for dig and nsupdate
 
 
 class ChallengeType(NamedTuple):
-    """A challenge type: what it can prove, and the settings that answer it."""
-    wildcards: bool
-    addresses: bool
+    """A challenge type: the settings that answer it, and where the CA asks."""
     ways: tuple[str, ...]
-    port: int = 0               # at which the CA asks
+    port: int = 0               # 0: it asks the DNS
 
 
 CHALLENGES = {
-    "http-01": ChallengeType(False, True, ("listen", "webroot", "stateless"), 80),
-    "dns-01": ChallengeType(True, False, ("nsupdate",)),
-    "tls-alpn-01": ChallengeType(False, True, ("listen_tls",), 443),
-    "dns-persist-01": ChallengeType(True, False, ("record",)),
+    "http-01": ChallengeType(("listen", "webroot", "stateless"), 80),
+    "dns-01": ChallengeType(("nsupdate",)),
+    "tls-alpn-01": ChallengeType(("listen_tls",), 443),
+    "dns-persist-01": ChallengeType(("record",)),
 }
 
 
@@ -2800,9 +2798,8 @@ def open_listeners(wanted: Iterable[Place], answers: Answers) -> tuple[list[List
 
 
 def proves(kind: str, name: str) -> bool:
-    """Whether a challenge type can prove a name at all."""
-    about = CHALLENGES[kind]
-    return about.wildcards if name.startswith("*.") else about.addresses if is_address(name) else True
+    """Whether a challenge type can prove a name at all: at a port all but wildcards, by the DNS all but addresses."""
+    return not (name.startswith("*.") if CHALLENGES[kind].port else is_address(name))
 
 
 def prospects(wanted: CertificateScope, names: Sequence[str], refused: Mapping[Place, str]) -> tuple[str, ...]:
@@ -2811,16 +2808,16 @@ def prospects(wanted: CertificateScope, names: Sequence[str], refused: Mapping[P
                 ways(wanted, kind) else f"nothing answers {kind} here: set {', '.join(CHALLENGES[kind].ways)} or hook"
                 for kind in wanted.challenge}
     for name in names:
-        fit = [kind for kind in wanted.challenge if proves(kind, name)]
+        fit = [problem for kind, problem in problems.items() if proves(kind, name)]
         if not fit:
             raise ChallengeError(f"{name}: {' and '.join(wanted.challenge)} cannot prove it; set challenge = "
                                  + " or ".join(kind for kind in CHALLENGES if proves(kind, name)))
-        if all(problems[kind] for kind in fit):
-            raise ChallengeError("; ".join(dict.fromkeys(problems[kind] for kind in fit)))
-    for kind in wanted.challenge:
-        if problems[kind]:
-            log(f"{names[0]}: {kind} cannot be used: {problems[kind]}")
-    return tuple(kind for kind in wanted.challenge if not problems[kind])
+        if all(fit):
+            raise ChallengeError("; ".join(dict.fromkeys(fit)))
+    for kind, problem in problems.items():
+        if problem:
+            log(f"{names[0]}: {kind} cannot be used: {problem}")
+    return tuple(kind for kind, problem in problems.items() if not problem)
 
 
 class Task(NamedTuple):
