@@ -2921,17 +2921,21 @@ def undo_greeting(task: Task, row: Published, _: str) -> str:
 
 
 def all_said(finished: Finished) -> str:
-    """The problem of a DNS tool and all that it said, "" for none."""
+    """The problem of a DNS tool and all that it said."""
     missing = " (Debian has it in bind9-dnsutils)" if finished.problem.startswith("cannot be run") else ""
     problem = finished.problem.replace(" (load_timeout)", "")
-    return "; ".join([problem, *finished.output])[:400] + missing if problem else ""
+    return "; ".join([problem, *finished.output])[:400] + missing
+
+
+def updated_server(task: Task) -> list[str]:
+    """The server that is updated, as arguments of dig; [] where the DNS says which."""
+    host, port = task.wanted.nsupdate.server if task.wanted.nsupdate else ("", 53)
+    return [f"@{host}", "-p", str(port)] if host else []
 
 
 def ask_dns(task: Task, kind: str, name: str, at: Sequence[str] = ()) -> list[str]:
     """What the DNS says, in the words of dig; ChallengeError where it cannot be asked."""
-    server = task.wanted.nsupdate.server if task.wanted.nsupdate else ("", 53)
-    where = at or ([f"@{server[0]}", "-p", str(server[1])] if server[0] else [])
-    argv = ["dig", "+short", "+time=3", "+tries=2", *where, "-t", kind, "-q", name]
+    argv = ["dig", "+short", "+time=3", "+tries=2", *(at or updated_server(task)), "-t", kind, "-q", name]
     finished = task.world.command(argv, child_environment(), COMMAND_SECONDS)
     if finished.problem:
         raise ChallengeError(f"dig {kind} {name}: {all_said(finished)}")
@@ -2940,18 +2944,14 @@ def ask_dns(task: Task, kind: str, name: str, at: Sequence[str] = ()) -> list[st
 
 def record_texts(task: Task, name: str, at: Sequence[str] = ()) -> list[str]:
     """The texts of the TXT records of a name, the strings of each joined."""
-    found = []
-    for line in ask_dns(task, "TXT", name, at):
-        parts = re.findall(r'"((?:[^"\\]|\\.)*)"', line)
-        found.append(re.sub(r"\\(.)", r"\1", "".join(parts)))
-    return found
+    records = (re.findall(r'"((?:[^"\\]|\\.)*)"', line) for line in ask_dns(task, "TXT", name, at))
+    return [re.sub(r"\\(.)", r"\1", "".join(strings)) for strings in records]
 
 
 def cname(task: Task, at: str) -> str:
     """Where a name is an alias for, "" if it is none: by the server that is updated, else by the DNS at large."""
-    to = task.wanted.nsupdate
     found = [line for line in ask_dns(task, "CNAME", at) if line.endswith(".")]
-    if not found and to and to.server[0]:       # it may not know the zone in which the alias stands
+    if not found and updated_server(task):      # it may not know the zone in which the alias stands
         with contextlib.suppress(ChallengeError):
             found = [line for line in ask_dns(task, "CNAME", at, ["+recurse"]) if line.endswith(".")]
     if found and not re.fullmatch(r"\w[\w.-]*", found[0]):
@@ -2972,9 +2972,9 @@ def record_name(task: Task, name: str) -> str:
 
 def name_servers(task: Task, at: str) -> list[list[str]]:
     """The name servers of a record's zone, as arguments of dig; the one that is updated where it has its own port."""
-    to = task.wanted.nsupdate
-    if to and to.server[0] and to.server[1] != 53:
-        return [[f"@{to.server[0]}", "-p", str(to.server[1])]]
+    to = updated_server(task)
+    if to and to[-1] != "53":
+        return [to]
     zone = at
     while zone.strip("."):
         # Of an alias dig would show where it leads, and the servers of that.
@@ -3040,9 +3040,9 @@ def undo_update(task: Task, row: Published, _: str) -> str:
 def record_fits(found: str, wanted: str, now: float) -> bool:
     """Whether a record of dns-persist-01 says what it must, and still holds."""
     def parse(text: str) -> dict[str, str]:
-        issuer, *tags = (part.strip() for part in text.split(";"))
+        issuer, *tags = text.split(";")
         pairs = [(tag.strip().lower(), value.strip()) for tag, _, value in (one.partition("=") for one in tags)]
-        return {**dict(pairs), "issuer": issuer.lower()} if len(dict(pairs)) == len(pairs) else {}
+        return {**dict(pairs), "issuer": issuer.strip().lower()} if len(dict(pairs)) == len(pairs) else {}
 
     have, want = parse(found), parse(wanted)
     until = have.pop("persistuntil", "")
