@@ -2871,12 +2871,6 @@ def by_tokens(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
         task.answers.publish(one.token, one.text, task.asked)
 
 
-def undo_token(task: Task, row: Published, _: str) -> str:
-    """Answer a token no more."""
-    task.answers.withdraw(row.proof.token)
-    return ""
-
-
 def by_webroot(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     """Have a web server answer http-01 from its document roots."""
     steps = WELL_KNOWN.strip("/").split("/")
@@ -2884,12 +2878,6 @@ def by_webroot(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
         for one in proofs:
             journal.add("webroot", one, os.path.join(root, *steps, one.token))
             plant(root, steps, one.token, one.text.encode())
-
-
-def undo_file(_: Task, row: Published, __: str) -> str:
-    """Delete a file of a document root."""
-    remove(row.place)
-    return ""
 
 
 def by_greeting(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
@@ -2912,12 +2900,6 @@ def by_greeting(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
                 raise ChallengeError(f"{name}: another certificate's proof of it takes too long")
             world.sleep(0.05)
         journal.add("listen_tls", one, name)
-
-
-def undo_greeting(task: Task, row: Published, _: str) -> str:
-    """Show a certificate for tls-alpn-01 no more."""
-    task.answers.contexts.pop(row.place, None)
-    return ""
 
 
 def all_said(finished: Finished) -> str:
@@ -3030,11 +3012,12 @@ def by_nsupdate(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     await_records(task, added)
 
 
-def undo_update(task: Task, row: Published, _: str) -> str:
-    """Delete the record that proved a name; the problem, or ""."""
+def undo_update(task: Task, row: Published, _: str) -> None:
+    """Delete the record that proved a name."""
     if not task.wanted.nsupdate:
-        return f"{row.place}: nsupdate is not set any more"
-    return update(task, "delete", row.place, base64url(row.proof.digest))
+        raise ChallengeError(f"{row.place}: nsupdate is not set any more")
+    if problem := update(task, "delete", row.place, base64url(row.proof.digest)):
+        raise ChallengeError(problem)
 
 
 def record_fits(found: str, wanted: str, now: float) -> bool:
@@ -3112,32 +3095,35 @@ def by_hook(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
         await_records(task, records)
 
 
-def undo_hook(task: Task, row: Published, verdict: str) -> str:
+def undo_hook(task: Task, row: Published, verdict: str) -> None:
     """Tell a hook that it may clean up what it did for a name; what it makes of that is its own affair."""
     hook = task.wanted.hook
     if not hook or row.proof.kind not in DIALECTS[hook.family].values:
-        return "no hook for it is set any more"
+        raise ChallengeError("no hook for it is set any more")
     if hook.end:
         fields = {**hook_fields(task, row.proof, DIALECTS[hook.family]), "verdict": verdict, "output": row.place}
         finished = call_hook(task, hook.end, DIALECTS[hook.family].end, fields)
         if finished.problem:
             log(f"{task.names[0]}: the hook failed to clean up: {with_last_line(finished)}")
-    return ""
 
 
 WAYS = {"tokens": by_tokens, "webroot": by_webroot, "listen_tls": by_greeting, "nsupdate": by_nsupdate,
         "record": by_record, "hook": by_hook}
-UNDO = {"tokens": undo_token, "webroot": undo_file, "listen_tls": undo_greeting, "nsupdate": undo_update,
-        "hook": undo_hook}
+UNDO: dict[str, Callable[[Task, Published, str], object]] = {
+    "tokens": lambda task, row, _: task.answers.withdraw(row.proof.token),
+    "webroot": lambda _, row, __: remove(row.place),
+    "listen_tls": lambda task, row, _: task.answers.contexts.pop(row.place, None),
+    "nsupdate": undo_update, "hook": undo_hook}
 LASTING = ("webroot", "nsupdate", "hook")
 
 
 def undone(task: Task, row: Published, verdict: str) -> str:
     """Undo one thing that was published; the problem, or ""."""
     try:
-        return UNDO[row.way](task, row, verdict)
+        UNDO[row.way](task, row, verdict)
     except (WucmeError, OSError) as error:
         return sentence(error)
+    return ""
 
 
 def undo_all(journal: Journal, task: Task, verdict: str) -> None:
