@@ -3077,20 +3077,20 @@ def by_hook(task: Task, proofs: Sequence[Proof], journal: Journal) -> None:
     hook = cast("Hook", task.wanted.hook)
     dialect = DIALECTS[hook.family]
     records = []
-    for rest, one in zip(range(len(proofs) - 1, -1, -1), proofs):
-        fields = {**hook_fields(task, one, dialect), "rest": str(rest), "verdict": "begin"}
+    for number, one in enumerate(proofs, 1):
+        fields = {**hook_fields(task, one, dialect), "rest": str(len(proofs) - number), "verdict": "begin"}
         journal.add("hook", one)
         finished = call_hook(task, hook.begin, dialect.begin, fields)
         journal.rows[-1] = journal.rows[-1]._replace(place="\n".join(finished.output).strip())
         records.append((fields["fqdn"], fields["value"]))
-        declined = dialect.failure == "decline" and finished.problem.startswith("exit status")
-        if declined:
+        told = with_last_line(finished)
+        if dialect.failure == "decline" and told.startswith("exit status"):
             journal.rows.pop()          # nothing was begun
-        if finished.problem and dialect.failure != "ignore":
-            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} {'declines' if declined else 'aborts'} "
-                                 f"{one.kind}: {with_last_line(finished)}", *[one.kind] * declined)
-        if finished.problem:
-            log(f"{task.names[0]}: the hook failed: {with_last_line(finished)}")
+            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} declines {one.kind}: {told}", one.kind)
+        if told and dialect.failure != "ignore":
+            raise ChallengeError(f"{one.name}: the hook {hook.begin[0]} aborts {one.kind}: {told}")
+        if told:
+            log(f"{task.names[0]}: the hook failed: {told}")
     if dialect.waits:
         await_records(task, records)
 
