@@ -2751,10 +2751,10 @@ class Listener:
 
 def respond(environ: Mapping[str, str]) -> bytes:
     """The answer of this program as a CGI script (RFC 3875): a published token, or 404."""
-    texts: Mapping[str, Mapping[str, str]] = {}
-    with contextlib.suppress(WucmeError, OSError):      # the ini may be private, this user not who renews
-        texts = parse_ini(read_source(find_ini(environ.get("WUCME_INI", ""))))
-    directory = texts.get("wucme", {}).get("directory") or environ.get("WUCME_DIRECTORY") or "/etc/wucme"
+    named = ""
+    with contextlib.suppress(WucmeError, OSError, KeyError):    # the ini may be private, this user not who renews
+        named = parse_ini(read_source(find_ini(environ.get("WUCME_INI", ""))))["wucme"]["directory"]
+    directory = named or environ.get("WUCME_DIRECTORY") or "/etc/wucme"
     method, body = environ.get("REQUEST_METHOD"), b""
     _, found, token = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).rpartition(WELL_KNOWN)
     if found and re.fullmatch(BASE64URL, token) and method in ("GET", "HEAD"):
@@ -3130,11 +3130,10 @@ def undo_all(journal: Journal, task: Task, verdict: str) -> None:
     """Undo what is published; what cannot be undone now stays noted. On a signal there is no time for it."""
     if ending.number:
         return
-    problems = [(row, undone(task, row, verdict)) for row in journal.rows]
-    for row, problem in problems:
-        if problem:
-            log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
-    journal.rows = [row for row, problem in problems if problem]
+    left = {row: problem for row in journal.rows if (problem := undone(task, row, verdict))}
+    for row, problem in left.items():
+        log(f"{task.names[0]}: {row.way} cannot be undone, the next run tries once more: {problem}")
+    journal.rows = list(left)
     journal.save()
 
 
