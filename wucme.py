@@ -2602,11 +2602,6 @@ class Answers:
         connection.question = token, where, asked
         return None
 
-    def greeted(self, connection: Any) -> None:
-        """Note a TLS handshake that was the CA's."""
-        if connection.selected_alpn_protocol() == "acme-tls/1":
-            self.hear(*connection.question)
-
 
 def listener_class(kind: str) -> Any:  # noqa: C901 - four small classes, not one long function
     """The server that listens for one challenge type, made on the days when it is needed."""
@@ -2652,7 +2647,8 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - four small classes, not on
         def handle(self) -> None:
             self.request.settimeout(5)
             self.request.do_handshake()
-            self.server.answers.greeted(self.request)
+            if self.request.selected_alpn_protocol() == "acme-tls/1":       # else it was not the CA's
+                self.server.answers.hear(*self.request.question)
 
     class Server(socketserver.ThreadingTCPServer):
         daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 128, True
@@ -3063,10 +3059,10 @@ def call_hook(task: Task, argv: Sequence[str], templates: Sequence[str], fields:
     hook = cast("Hook", task.wanted.hook)
     if fault := anyone_may_write(argv[0]):
         raise ChallengeError(fault)
-    told = {key: text.format_map(fields) for key, text in DIALECTS[hook.family].environment.items()}
+    environment = {key: told for key, text in DIALECTS[hook.family].environment.items()
+                   if (told := text.format_map(fields))}
     finished = task.world.command([*argv, *(text.format_map(fields) for text in templates)],
-                                  {**child_environment(), **{key: text for key, text in told.items() if text}},
-                                  task.wanted.load_timeout)
+                                  {**child_environment(), **environment}, task.wanted.load_timeout)
     for line in finished.output:
         log(f"{task.names[0]}: hook: {line}")
     return finished
