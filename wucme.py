@@ -3308,6 +3308,12 @@ def read_object(response: Response, url: str) -> Json:
     return found
 
 
+def member(found: Json, key: str, kind: type[T]) -> T:
+    """A member of an object that the CA sent; an empty one where it is missing, or of another kind."""
+    value = found.get(key)
+    return value if isinstance(value, kind) else kind()
+
+
 def problem_kind(problem: Json) -> str:
     """The type of a problem document without its prefix (section 6.7)."""
     return str(problem.get("type") or "").rpartition(":")[2]
@@ -3316,8 +3322,7 @@ def problem_kind(problem: Json) -> str:
 def problem_text(problem: Json) -> str:
     """A problem document on one line, with what it says of each name (section 6.7.1)."""
     texts = [f"{problem_kind(problem) or 'refused'}: {problem.get('detail') or 'no detail given'}"]
-    parts = problem.get("subproblems")
-    for part in parts if isinstance(parts, list) else []:
+    for part in member(problem, "subproblems", list):
         if isinstance(part, dict):
             who = part.get("identifier")
             name = who.get("value") if isinstance(who, dict) else "?"
@@ -3337,19 +3342,13 @@ ASK_SECONDS = (60.0, 86400.0, 21600.0)      # ARI: the shortest and longest wait
 def parse_window(found: Json) -> Window | None:
     """The suggestedWindow of a renewalInfo (RFC 9773 section 4.2); None for one that makes no sense."""
     import datetime
-    window = found.get("suggestedWindow")
-    times = []
-    for key in ("start", "end"):
-        text = str(window.get(key)) if isinstance(window, dict) else ""
-        try:
-            at = datetime.datetime.fromisoformat(re.sub(r"\.\d+", "", text.upper()).replace("Z", "+00:00"))
-            times.append(at.timestamp())
-        except (ValueError, OverflowError):
-            return None
-    about = found.get("explanationURL")
-    if times[0] >= times[1]:
+    window = member(found, "suggestedWindow", dict)
+    texts = [re.sub(r"\.\d+", "", str(window.get(key)).upper()).replace("Z", "+00:00") for key in ("start", "end")]
+    try:
+        start, end = (datetime.datetime.fromisoformat(text).timestamp() for text in texts)
+    except (ValueError, OverflowError):
         return None
-    return Window(times[0], times[1], printable(about)[:300] if isinstance(about, str) else "")
+    return Window(start, end, printable(member(found, "explanationURL", str))[:300]) if start < end else None
 
 
 class Applicant(NamedTuple):
@@ -3462,15 +3461,12 @@ class Client:
 
     def parse_directory(self, found: Json) -> Directory:
         """A directory, if all that it must name is the CA's own (section 7.1.1)."""
-        meta = found.get("meta")
-        meta = meta if isinstance(meta, dict) else {}
-        profiles = meta.get("profiles")
+        meta = member(found, "meta", dict)
         needed = [self.own_url(found.get(key), key) for key in ("newNonce", "newAccount", "newOrder")]
         others = [self.own_url(found[key], key) if key in found else ""
                   for key in ("keyChange", "revokeCert", "renewalInfo")]
-        return Directory(needed[0], needed[1], needed[2], others[0], others[1], others[2],
-                         printable(str(meta.get("termsOfService") or "")),
-                         profiles if isinstance(profiles, dict) else {}, meta)
+        terms = printable(str(meta.get("termsOfService") or ""))
+        return Directory._make([*needed, *others, terms, member(meta, "profiles", dict), meta])
 
     def own_url(self, value: object, what: str) -> str:
         """A URL that the CA gave, if it is https and of the CA's host."""
@@ -3597,9 +3593,7 @@ class Client:
     def parse_order(self, url: str, response: Response, names: Sequence[str]) -> Order:
         """An order, if it is for the names that were asked for and no larger than they need."""
         found = read_object(response, url)
-        parts = found.get("identifiers")
-        values = {str(part.get("value")).lower() for part in (parts if isinstance(parts, list) else [])
-                  if isinstance(part, dict)}
+        values = {str(one.get("value")).lower() for one in member(found, "identifiers", list) if isinstance(one, dict)}
         if values != set(names):
             raise ProtocolError(f"{url}: the CA made an order for {printable(' '.join(sorted(values)))[:200]}, "
                                f"not for {' '.join(names)}")
@@ -3607,11 +3601,11 @@ class Client:
         if not isinstance(urls, list) or not 1 <= len(urls) <= len(names):
             raise ProtocolError(f"{url}: the CA wants {len(urls) if isinstance(urls, list) else 'no'} "
                                f"authorizations for {len(names)} names")
-        certificate, error = found.get("certificate"), found.get("error")
+        certificate = found.get("certificate")
         return Order(url, str(found.get("status")), tuple(self.own_url(one, "authorization") for one in urls),
                      self.own_url(found.get("finalize"), "finalize"),
                      self.own_url(certificate, "certificate") if certificate else "",
-                     error if isinstance(error, dict) else {}, asked_wait(response, self.world.now()))
+                     member(found, "error", dict), asked_wait(response, self.world.now()))
 
     def authorization(self, url: str, names: Sequence[str]) -> Authorization:
         """An authorization, with those of its challenges whose types are known here (section 7.5)."""
@@ -3623,14 +3617,13 @@ class Client:
         name = f"*.{value.removeprefix('*.')}" if wildcard else value
         if name not in names:
             raise ProtocolError(f"{url}: the CA wants an authorization for {printable(value)[:100]!r}, not asked for")
-        listed = found.get("challenges")
-        challenges = [self.parse_challenge(one) for one in (listed if isinstance(listed, list) else [])
+        challenges = [self.parse_challenge(one) for one in member(found, "challenges", list)
                       if isinstance(one, dict) and str(one.get("type")) in CHALLENGES]
         return Authorization(url, name, str(found.get("status")), tuple(filter(None, challenges)))
 
     def parse_challenge(self, found: Json) -> Challenge | None:
         """A challenge; None for one without the token that it needs (section 8)."""
-        kind, token, error = str(found["type"]), found.get("token"), found.get("error")
+        kind, token = str(found["type"]), found.get("token")
         if kind == "dns-persist-01":
             token = ""
         elif token is None:
@@ -3638,14 +3631,14 @@ class Client:
         elif not isinstance(token, str) or not re.fullmatch(BASE64URL, token) or len(token) > 200:      # it names files
             raise ProtocolError(f"{self.url}: the CA sent a token that is none: {printable(repr(token))[:100]}")
         return Challenge(kind, self.own_url(found.get("url"), "challenge"), token, str(found.get("status")),
-                         error if isinstance(error, dict) else {}, found)
+                         member(found, "error", dict), found)
 
     def answer(self, challenge: Challenge) -> None:
         """Have the CA look for an answer; twice more if it says at once that it did not find it (section 8.2)."""
         for pause in (1.0, 3.0, 0.0):
             found = read_object(self.post(challenge.url, {}), challenge.url)
-            problem = found.get("error")
-            if found.get("status") != "pending" or not isinstance(problem, dict) or not problem:
+            problem = member(found, "error", dict)
+            if found.get("status") != "pending" or not problem:
                 return
             if not pause:
                 error = AcmeError(with_remedy(problem_text(problem), problem_kind(problem), challenge.kind),
