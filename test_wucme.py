@@ -3030,8 +3030,8 @@ class TestAcme:
         assert wucme.problem_text(problem) == text
 
     def test_a_known_kind_of_refusal_comes_with_a_remedy(self) -> None:
-        assert wucme.with_remedy("no", "dns") == f"no ({wucme.REMEDIES['dns']})"
-        assert wucme.with_remedy("no", "other") == "no"
+        assert str(wucme.acme_error("no", {"type": "a:dns"})) == f"no ({wucme.REMEDIES['dns']})"
+        assert str(wucme.acme_error("no", {"type": "a:other"})) == "no"
 
     def test_a_problem_is_no_longer_than_a_screen(self) -> None:
         assert len(wucme.problem_text({"detail": "x" * 10 ** 6})) <= 2000

@@ -3330,10 +3330,13 @@ def problem_text(problem: Json) -> str:
     return printable("; ".join(texts)[:2000])
 
 
-def with_remedy(text: str, kind: str, challenge: str = "") -> str:
-    """What the CA said, and what to do about it."""
-    remedy = REMEDIES.get(f"{challenge} {kind}") or REMEDIES.get(kind)
-    return f"{text} ({remedy})" if remedy else text
+def acme_error(text: str, problem: Json, spent: Sequence[str] = (), wait: float = 0.0) -> AcmeError:
+    """The error for what the CA said, with what to do about it; a remedy is for the first type of challenge `spent`."""
+    kind = problem_kind(problem)
+    remedy = REMEDIES.get(" ".join([*spent[:1], kind])) or REMEDIES.get(kind)
+    error = AcmeError(f"{text} ({remedy})" if remedy else text, kind, wait)
+    error.spent = spent
+    return error
 
 
 ASK_SECONDS = (60.0, 86400.0, 21600.0)      # ARI: the shortest and longest wait that a CA may ask for, and without
@@ -3519,8 +3522,7 @@ class Client:
         self.known = {}             # it may be the directory that is not what it was
         if response.status >= 500 and problem_kind(problem) != "rateLimited":
             return NetworkError(f"{self.url}: the CA is out of order: {problem_text(problem)}")
-        kind = problem_kind(problem)
-        return AcmeError(with_remedy(problem_text(problem), kind), kind, wait)
+        return acme_error(problem_text(problem), problem, wait=wait)
 
     def register(self, who: Applicant, agreed: bool) -> str:
         """The URL of this key's account, made if `agreed` and there is none yet; "" if there is none (7.3)."""
@@ -3641,10 +3643,7 @@ class Client:
             if found.get("status") != "pending" or not problem:
                 return
             if not pause:
-                error = AcmeError(with_remedy(problem_text(problem), problem_kind(problem), challenge.kind),
-                                  problem_kind(problem))
-                error.spent = [challenge.kind]
-                raise error
+                raise acme_error(problem_text(problem), problem, [challenge.kind])
             self.world.sleep(pause)
 
     def persistent_records(self, challenge: Challenge, name: str) -> list[str]:
@@ -3710,12 +3709,10 @@ class Client:
         with contextlib.suppress(WucmeError):       # the verdict stands, whatever else cannot be learnt
             looked = self.abandon(order, names)
         found = [(one.name, challenge) for one in looked for challenge in one.challenges if challenge.error]
-        problems = [(f"{name}: ", one.kind, one.error) for name, one in found] or [("", "", order.error)]
-        _, challenge, first = problems[0]
-        text = "; ".join(f"{who}{problem_text(problem)}" for who, _, problem in problems)
-        error = AcmeError(with_remedy(text, problem_kind(first), challenge), problem_kind(first))
-        error.spent = [one.kind for _, one in found]
-        return error
+        if not found:
+            return acme_error(problem_text(order.error), order.error)
+        text = "; ".join(f"{name}: {problem_text(one.error)}" for name, one in found)
+        return acme_error(text, found[0][1].error, [one.kind for _, one in found])
 
 
 def take_up(client: Client, found: Authorization, kinds: Sequence[str]) -> tuple[Challenge, Proof]:
