@@ -3238,16 +3238,19 @@ class Authorization(NamedTuple):
     challenges: tuple[Challenge, ...]
 
 
+def octets(number: int, bits: int) -> bytes:
+    """A number of at most so many bits, in as many bytes as these take."""
+    return number.to_bytes((bits + 7) // 8, "big")
+
+
 def json_web_key(key: PrivateKey) -> dict[str, str]:
     """The public half of an account key as a JWK, with the members in the order of RFC 7638."""
     numbers: Any = key.public_key().public_numbers()
     if hasattr(numbers, "n"):
-        parts = [numbers.e.to_bytes((numbers.e.bit_length() + 7) // 8, "big"),
-                 numbers.n.to_bytes((numbers.n.bit_length() + 7) // 8, "big")]
-        return {"e": base64url(parts[0]), "kty": "RSA", "n": base64url(parts[1])}
-    size = (key.key_size + 7) // 8
+        return {"e": base64url(octets(numbers.e, numbers.e.bit_length())), "kty": "RSA",
+                "n": base64url(octets(numbers.n, key.key_size))}
     return {"crv": f"P-{key.key_size}", "kty": "EC",
-            "x": base64url(numbers.x.to_bytes(size, "big")), "y": base64url(numbers.y.to_bytes(size, "big"))}
+            "x": base64url(octets(numbers.x, key.key_size)), "y": base64url(octets(numbers.y, key.key_size))}
 
 
 def thumbprint(key: PrivateKey) -> str:
@@ -3267,9 +3270,8 @@ def sign(key: PrivateKey, data: bytes) -> bytes:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         return key.sign(data, padding.PKCS1v15(), hashes.SHA256())
     digest = {256: hashes.SHA256(), 384: hashes.SHA384()}.get(key.key_size, hashes.SHA512())
-    size = (key.key_size + 7) // 8
     r, s = utils.decode_dss_signature(key.sign(data, ec.ECDSA(digest)))
-    return r.to_bytes(size, "big") + s.to_bytes(size, "big")
+    return octets(r, key.key_size) + octets(s, key.key_size)
 
 
 def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
