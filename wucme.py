@@ -3261,25 +3261,30 @@ def thumbprint(key: PrivateKey) -> str:
 
 def jws_algorithm(key: PrivateKey) -> str:
     """The JWS algorithm of an account key (RFC 7518 section 3.1)."""
-    return {"rsa": "RS256", "ecdsa-p256": "ES256", "ecdsa-p384": "ES384"}.get(
-        "rsa" if hasattr(key, "decrypt") else key_kind(key.public_key()), "ES512")
+    if isinstance(key, rsa.RSAPrivateKey):
+        return "RS256"
+    return {"ecdsa-p256": "ES256", "ecdsa-p384": "ES384"}.get(key_kind(key.public_key()), "ES512")
 
 
 def sign(key: PrivateKey, data: bytes) -> bytes:
     """A JWS signature; for EC the two numbers side by side, not DER (RFC 7518 section 3.4)."""
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        return key.sign(data, padding.PKCS1v15(), hashes.SHA256())
-    digest = {256: hashes.SHA256(), 384: hashes.SHA384()}.get(key.key_size, hashes.SHA512())
+    digest = getattr(hashes, f"SHA{jws_algorithm(key)[2:]}")()
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key.sign(data, padding.PKCS1v15(), digest)
     r, s = utils.decode_dss_signature(key.sign(data, ec.ECDSA(digest)))
     return octets(r, key.key_size) + octets(s, key.key_size)
 
 
-def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
+def jws(header: Json, payload: Json | None, by: Callable[[bytes], bytes]) -> Json:
     """A flattened JWS (section 6.2); payload None is a POST-as-GET (section 6.3)."""
-    protected = base64url(json.dumps({"alg": jws_algorithm(key), **header}).encode())
+    protected = base64url(json.dumps(header).encode())
     body = "" if payload is None else base64url(json.dumps(payload).encode())
-    signature = base64url(sign(key, f"{protected}.{body}".encode()))
-    return json.dumps({"protected": protected, "payload": body, "signature": signature}).encode()
+    return {"protected": protected, "payload": body, "signature": base64url(by(f"{protected}.{body}".encode()))}
+
+
+def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
+    """A JWS by an account key, as it is sent."""
+    return json.dumps(jws({"alg": jws_algorithm(key), **header}, payload, functools.partial(sign, key))).encode()
 
 
 def http_date(text: str) -> float | None:
@@ -3366,16 +3371,13 @@ class Applicant(NamedTuple):
 
 def bound(key: PrivateKey, who: Applicant, url: str) -> Json:
     """The externalAccountBinding of an account key (section 7.3.4)."""
-    import hashlib
     import hmac
-    protected = base64url(json.dumps({"alg": who.mac_algorithm, "kid": who.kid, "url": url}).encode())
-    payload = base64url(json.dumps(json_web_key(key)).encode())
     try:
         secret = from_base64url(who.mac)
     except ValueError as error:
         raise PemError("eab_hmac: the MAC key is not base64") from error
-    digest = hmac.new(secret, f"{protected}.{payload}".encode(), getattr(hashlib, f"sha{who.mac_algorithm[2:]}"))
-    return {"protected": protected, "payload": payload, "signature": base64url(digest.digest())}
+    return jws({"alg": who.mac_algorithm, "kid": who.kid, "url": url}, json_web_key(key),
+               lambda data: hmac.digest(secret, data, f"sha{who.mac_algorithm[2:]}"))
 
 
 def alternates(response: Response) -> list[str]:
