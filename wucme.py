@@ -3722,14 +3722,11 @@ class Client:
 def take_up(client: Client, found: Authorization, kinds: Sequence[str]) -> tuple[Challenge, Proof]:
     """The challenge to take up, of those that the CA offers for a name, and what proves it."""
     offered = {one.kind: one for one in found.challenges}
-    for kind in kinds:
-        one = offered.get(kind)
-        if one is None or not proves(kind, found.name):
-            continue
-        text = "\n".join(client.persistent_records(one, found.name)) if kind == "dns-persist-01" else \
+    for one in (offered[kind] for kind in kinds if kind in offered and proves(kind, found.name)):
+        text = "\n".join(client.persistent_records(one, found.name)) if one.kind == "dns-persist-01" else \
             f"{one.token}.{thumbprint(client.key)}"
         if text:
-            return one, Proof(kind, found.name.removeprefix("*."), one.token, text)
+            return one, Proof(one.kind, found.name.removeprefix("*."), one.token, text)
     raise ChallengeError(f"{found.name}: to prove it the CA offers {' and '.join(offered) or 'nothing known here'}, of "
                          f"which nothing is set up here (challenge = {' '.join(kinds)})", *kinds)
 
