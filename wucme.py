@@ -3581,16 +3581,15 @@ class Client:
             raise SettingsError(f"{self.url}: the CA has no profile {profile}, but "
                             + (", ".join(map(printable, self.directory.profiles)) or "none at all"))
         identifiers = [{"type": "ip" if is_address(name) else "dns", "value": name} for name in names]
-        payload: Json = {"identifiers": identifiers, **({"profile": profile} if profile else {})}
+        wanted = {"identifiers": identifiers, "profile": profile, "replaces": replaces}
         try:
-            response = self.post(self.directory.new_order, {**payload, **({"replaces": replaces} if replaces else {})})
+            response = self.post(self.directory.new_order, {key: value for key, value in wanted.items() if value})
         except (AcmeError, NetworkError) as error:
             if not replaces or getattr(error, "kind", "") in ("rateLimited", "accountDoesNotExist"):
                 raise
             log(f"{names[0]}: the CA does not take the order as a replacement; once more without: {error}")
-            response = self.post(self.directory.new_order, payload)
-        url = self.own_url(response.headers.get("Location"), "order")
-        return self.parse_order(url, response, names)
+            return self.new_order(names, profile)
+        return self.parse_order(self.own_url(response.headers.get("Location"), "order"), response, names)
 
     def fetch_order(self, url: str, names: Sequence[str]) -> Order:
         """An order as it stands now."""
