@@ -3392,7 +3392,7 @@ class Client:
     It is in touch with the CA when it is made: by its directory, or where that is `known`, by a nonce.
     """
 
-    def __init__(self, url: str, world: World, connect: Callable[[], Http], known: object = None) -> None:
+    def __init__(self, url: str, world: World, connect: Callable[[], Http], known: Any = None) -> None:
         self.url = url
         self.world = world
         self.connect = connect
@@ -3434,17 +3434,16 @@ class Client:
             raise ProtocolError(f"{url}: redirects to {target}; redirects are not followed, give the right URL")
         return response
 
-    def known_directory(self, known: object) -> Directory | None:
+    def known_directory(self, known: Any) -> Directory | None:
         """The directory as it was not long ago, if the CA still gives nonces by it."""
         with contextlib.suppress(ProtocolError, AttributeError, KeyError, TypeError):
-            found = cast("Json", known)
-            if 0 <= self.world.now() - found["at"] < KNOWN_SECONDS:
-                directory = self.parse_directory(found["directory"])
+            if 0 <= self.world.now() - known["at"] < KNOWN_SECONDS:
+                directory = self.parse_directory(known["directory"])
                 response = self.send("HEAD", directory.new_nonce)
                 self.check_clock(response)
                 if response.status < 400 and self.nonces:
-                    log(f"using the directory of {gmt(found['at'])} from {self.url}")
-                    self.known = found
+                    log(f"using the directory of {gmt(known['at'])} from {self.url}")
+                    self.known = known
                     return directory
         return None
 
