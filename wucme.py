@@ -3558,9 +3558,8 @@ class Client:
 
     def revoke(self, certificate: bytes, reason: int, by: PrivateKey | None = None) -> None:
         """Revoke a certificate (DER), by the account or by the certificate's own key (section 7.6)."""
-        payload = {"certificate": base64url(certificate), "reason": reason}
         try:
-            self.post(self.directory.revoke, payload, by=by)
+            self.post(self.directory.revoke, {"certificate": base64url(certificate), "reason": reason}, by=by)
         except AcmeError as error:
             if error.kind != "alreadyRevoked":
                 raise
