@@ -3680,11 +3680,12 @@ class Client:
         """
         pause = POLL_SECONDS[0] if asked else 0.0
         while order.status in busy:
-            if self.world.monotonic() + max(order.wait, pause) > until:
+            wait = max(order.wait, pause)
+            if self.world.monotonic() + wait > until:
                 raise UnfinishedError(f"the CA left the order {order.status} until the deadline; a later run goes on "
                                       f"with it ({order.url})")
             if order.wait or asked is None:
-                self.world.sleep(max(order.wait, pause))
+                self.world.sleep(wait)
             elif asked.wait(pause):
                 asked.clear()
                 pause = ASKED_SECONDS
