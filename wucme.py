@@ -3707,10 +3707,10 @@ class Client:
 
     def complaint(self, order: Order, names: Sequence[str]) -> AcmeError:
         """Why an order turned invalid, name by name."""
-        looked: list[Authorization] = []
+        found = []
         with contextlib.suppress(WucmeError):       # the verdict stands, whatever else cannot be learnt
-            looked = self.abandon(order, names)
-        found = [(one.name, challenge) for one in looked for challenge in one.challenges if challenge.error]
+            found = [(one.name, challenge) for one in self.abandon(order, names)
+                     for challenge in one.challenges if challenge.error]
         if not found:
             return acme_error(problem_text(order.error), order.error)
         text = "; ".join(f"{name}: {problem_text(one.error)}" for name, one in found)
