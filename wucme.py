@@ -3813,12 +3813,6 @@ def is_linked(entry: Entry) -> bool:
     return os.path.islink(entry.key) and os.readlink(entry.key) in (entry.chain, os.path.basename(entry.chain))
 
 
-def back_ups(paths: Iterable[str], stamp: str) -> list[Step]:
-    """The steps that keep what these live paths hold."""
-    return [Step(f"backed up {path} as {path}_{stamp}", back_up, (path, f"{path}_{stamp}"))
-            for path in paths if os.path.exists(path)]
-
-
 def put_plain(entry: Entry, chain: bytes) -> list[Step]:
     """The steps that put a chain alone into the chain file, which is no secret any more if it held a key."""
     held_key = os.path.exists(entry.chain) and private_key(read(entry.chain))
@@ -3839,7 +3833,9 @@ def switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     rotate, linked = entry.wanted.rotate and not entry.wanted.csr, is_linked(entry)
     old_key = private_key(read(entry.key)) if entry.whole and not entry.wanted.csr else b""
     same = old_key == private_key(key)
-    first = back_ups([entry.chain] if same or linked else [entry.key, entry.chain], stamp)
+    replaced = [entry.chain] if same or linked else [entry.key, entry.chain]
+    first = [Step(f"backed up {path} as {path}_{stamp}", back_up, (path, f"{path}_{stamp}"))
+             for path in replaced if os.path.exists(path)]
     if same and not linked and not rotate:
         return first + put_plain(entry, chain)
     last = [] if rotate else put_key(entry, key) + put_plain(entry, chain)
