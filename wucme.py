@@ -3415,7 +3415,7 @@ class Client:
 
     def send(self, method: str, url: str, body: bytes | None = None) -> Response:
         """One request; keeps the nonce that comes back, whatever else does (section 6.5)."""
-        headers = {"Content-Type": "application/jose+json"} if body is not None else {}
+        headers = {"Content-Type": "application/jose+json"} if body else {}
         try:
             http = self.idle.pop()
         except IndexError:
