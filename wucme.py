@@ -4164,7 +4164,7 @@ def duties(entries: Iterable[Entry], items: Mapping[str, Item], due: Callable[[E
     for text in in_order(entry.wanted.load for entry in whole):
         owing = [entry for entry in whole if text in entry.wanted.load and concerns(items[text], entry)
                  and due(entry, text)]
-        groups = [owing] if KINDS[text[0]].once and owing else [[entry] for entry in owing]
+        groups = [owing] if text[0] == "+" and owing else [[entry] for entry in owing]
         found += [Duty(items[text], group) for group in groups]
     return found
 
@@ -4343,17 +4343,16 @@ def prove(duty: Duty, _: RunScope, world: World) -> str:
 class Kind(NamedTuple):
     """What the first character of an item says: how the rest is read, and how it is done."""
     parse: Callable[[str], Parsed]
-    once: bool                          # once for all certificates, not once for each
     words: str                          # what it does
     act: Callable[[Duty, RunScope, World], str]
 
 
 KINDS = {
-    "+": Kind(parse_standard, True, "test and reload", standard_load),
-    "@": Kind(parse_procedure, False, "run", procedure),
-    "$": Kind(parse_command, False, "run", procedure),
-    ">": Kind(parse_copy, False, "write", write_copy),
-    "?": Kind(parse_proof, False, "prove", prove),
+    "+": Kind(parse_standard, "test and reload", standard_load),
+    "@": Kind(parse_procedure, "run", procedure),
+    "$": Kind(parse_command, "run", procedure),
+    ">": Kind(parse_copy, "write", write_copy),
+    "?": Kind(parse_proof, "prove", prove),
 }
 
 
