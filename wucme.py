@@ -3918,7 +3918,7 @@ def account_files(directory: str, server: str, url: str, first: bool) -> Account
 # An item is owed by this host as long as the certificate on disk is not the one that it last did
 # with success. There is no other way in which anything is loaded.
 
-UNIT = r"[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*"
+SYSTEMD_UNIT = r"systemd\s+[A-Za-z0-9:_.@\\][A-Za-z0-9:_.@\\-]*"
 # postfix check tells its log alone what is wrong.
 POSTFIX_TEST = 'postconf >/dev/null || exit; postfix check || { echo "see the log of postfix"; exit 1; }'
 
@@ -3959,11 +3959,10 @@ Parsed = tuple[tuple[str, ...], "Mapping[str, str]"]      # the last two of an I
 
 def parse_standard(rest: str) -> Parsed:
     """+: a known server, a unit of systemd, or nothing for all web servers."""
-    words = rest.split()
-    if not words:
+    if not rest:
         return tuple(name for name, kind in STANDARD.items() if kind.web), {}
-    if rest in STANDARD or (words[0] == "systemd" and len(words) == 2 and re.fullmatch(UNIT, words[1])):
-        return tuple(words), {}
+    if rest in STANDARD or re.fullmatch(SYSTEMD_UNIT, rest):
+        return tuple(rest.split()), {}
     known = [*STANDARD, "systemd UNIT"]
     raise ValueError(f"no such server{nearest(rest, known)} (there are {', '.join(known)})")
 
