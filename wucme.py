@@ -4020,13 +4020,13 @@ def parse_copy(rest: str) -> Parsed:
 def parse_proof(rest: str) -> Parsed:
     """?: where a server is asked for its certificate, by which name and protocol."""
     place, options = parse_options(rest, "? HOST:PORT", ("sni=", "starttls=", "all"))
-    at = some_addresses(place)
-    if not at or not at[0][0]:
+    host, port = (some_addresses(place) or [("", 0)])[0]
+    if not host:
         raise ValueError("? needs HOST:PORT")
     protocol = options.get("starttls", "")
     if protocol not in STARTTLS:
         raise ValueError(f"starttls={protocol}: must be one of {', '.join(filter(None, STARTTLS))}")
-    return (at[0][0], str(at[0][1])), options
+    return (host, str(port)), options
 
 
 class Loaded(NamedTuple):
