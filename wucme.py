@@ -4094,12 +4094,13 @@ class Ledger:
         before = self.done(entry, item)
         if not problem:
             self.note(entry, item, Loaded(entry.facts.fingerprint if entry.facts else ""))
-        else:
-            self.note(entry, item, before._replace(problem=problem, since=before.since if before.problem else now))
-        if problem and item[0] == "?":
-            for text in [text for text in self.records if text[:1] in ("+", "?") and entry.name in self.records[text]]:
-                self.note(entry, text, self.done(entry, text)._replace(fingerprint=""))
-        return not problem or before.problem != problem
+            return True
+        self.note(entry, item, before._replace(problem=problem, since=before.since if before.problem else now))
+        if item[0] == "?":
+            for text, held in self.records.items():
+                if text[:1] in ("+", "?") and entry.name in held:
+                    self.note(entry, text, held[entry.name]._replace(fingerprint=""))
+        return before.problem != problem
 
     def forget(self, entries: Mapping[str, Entry]) -> None:
         """Drop the items that no list has any more."""
