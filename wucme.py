@@ -4295,13 +4295,14 @@ def write_copy(duty: Duty, _: RunScope, __: World) -> str:
     chain, key = certificates(read(entry.chain)), private_key(read(entry.key))
     if WHATS[what] and not key:
         return f"there is no key in {entry.key}"
-    data = b"".join({"cert": chain[:1], "issuers": chain[1:], "key": [key], "pair": [key, *chain]}.get(what, chain))
+    parts = {"chain": chain, "cert": chain[:1], "issuers": chain[1:], "key": [key]}
+    data = b"".join(parts.get(what, [key, *chain]))     # pair, and what p12 is made of
     if what == "p12":
-        pair, password = b"".join([key, *chain]), read(options["password_file"]).strip(b"\r\n")
+        password = read(options["password_file"]).strip(b"\r\n")
         held = read(path) if os.path.isfile(path) else b""
         if not password:
             return f"{options['password_file']}: holds no password"
-        data = held if p12_holds(held, pair, password) else make_p12(pair, entry.title, password)
+        data = held if p12_holds(held, data, password) else make_p12(data, entry.title, password)
     if not data:
         return f"there are no {what} in {entry.chain}"
     deploy(path, data, copy_owner(options.get("owner", ""), options["mode"]))
