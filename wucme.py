@@ -4309,27 +4309,28 @@ def write_copy(duty: Duty, _: RunScope, __: World) -> str:
     return ""
 
 
-def shown_instead(item: Item, entry: Entry, host: str, name: str, world: World) -> str:
+def shown_instead(item: Item, entry: Entry, host: str, world: World) -> str:
     """What a server shows in place of the certificate on disk; "" if it is that."""
+    name = server_name(item, entry)
+    asked = f"{host} asked for {name} shows"
     try:
         shown = facts(world.connect(host, int(item.argv[1]), name, item.options.get("starttls", ""), CONNECT_SECONDS))
     except WucmeError as error:
-        return f"no certificate: {error}"
+        return f"{asked} no certificate: {error}"
     if entry.facts and shown.fingerprint == entry.facts.fingerprint:
         return ""
-    return (f"another certificate, for {' '.join(shown.names) or 'no name'}, serial {shown.serial}, "
+    return (f"{asked} another certificate, for {' '.join(shown.names) or 'no name'}, serial {shown.serial}, "
             f"that {'expired' if shown.not_after <= world.now() else 'expires'} {gmt(shown.not_after)}")
 
 
 def prove_once(item: Item, entry: Entry, world: World) -> str:
     """Compare what a server shows with what is on disk; the problem, or ""."""
-    host, name = item.argv[0].replace("{name}", entry.name), server_name(item, entry)
+    host = item.argv[0].replace("{name}", entry.name)
     try:
         hosts = world.resolve(host) if "all" in item.options else [host]
     except NetworkError as error:
         return f"{host}: {error}"
-    shown = {one: shown_instead(item, entry, one, name, world) for one in hosts}
-    return "; ".join(f"{one} asked for {name} shows {problem}" for one, problem in shown.items() if problem)
+    return "; ".join(filter(None, (shown_instead(item, entry, one, world) for one in hosts)))
 
 
 def prove(duty: Duty, _: RunScope, world: World) -> str:
