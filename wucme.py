@@ -4190,7 +4190,7 @@ def own_options(argv: Sequence[str], options: Sequence[str]) -> list[str]:
     return kept
 
 
-def server_command(kind: Standard, argv: Sequence[str], master: Process, timeout: float, world: World) -> Finished:
+def server_command(kind: Standard, master: Process, timeout: float, world: World, argv: Sequence[str]) -> Finished:
     """Run a command about a server as the server itself runs: program, options, environment, directory, user."""
     program = proc_link(master.pid, "exe").replace(" (deleted)", "") or kind.commands[0]
     variables = (pair.partition("=") for pair in proc_text(master.pid, "environ").split("\0"))
@@ -4214,10 +4214,11 @@ def unit_of(master: Process, timeout: float, world: World) -> str:
 def reload_server(name: str, master: Process, timeout: float, world: World) -> str:
     """Test the configuration of one running server and have it reload; the problem, or ""."""
     kind, who = STANDARD[name], f"{name} (pid {master.pid})"
-    tested = server_command(kind, kind.test, master, timeout, world) if kind.test else Finished("", [])
+    run = functools.partial(server_command, kind, master, timeout, world)
+    tested = run(kind.test) if kind.test else Finished("", [])
     if tested.problem:          # it may have opened one of two files before a rename and the other after it
         world.sleep(1.0)
-        tested = server_command(kind, kind.test, master, timeout, world)
+        tested = run(kind.test)
     if tested.problem:
         for line in tested.output:
             log(f"+{name}: {line}")
@@ -4226,7 +4227,7 @@ def reload_server(name: str, master: Process, timeout: float, world: World) -> s
     if unit:
         return with_last_line(world.command(["systemctl", "reload", unit], child_environment(), timeout))
     if isinstance(kind.reload, tuple):
-        return with_last_line(server_command(kind, kind.reload, master, timeout, world))
+        return with_last_line(run(kind.reload))
     if not catches(master.pid, kind.reload):
         hint = "; start it with -W" if name == "haproxy" else ""
         return f"{who} cannot be told to reload: it takes no {kind.reload.name}{hint}"
