@@ -4086,7 +4086,7 @@ class Ledger:
 
     def note(self, entry: Entry, item: str, about: Loaded) -> None:
         """Put down how an item stands."""
-        self.changed = self.changed or self.done(entry, item) != about
+        self.changed |= self.done(entry, item) != about
         self.records.setdefault(item, {})[entry.name] = about
 
     def strike(self, entry: Entry, item: str, problem: str, now: float) -> bool:
@@ -4180,7 +4180,7 @@ def load_environment(entry: Entry, directory: str, host: str) -> dict[str, str]:
 
 def own_options(argv: Sequence[str], options: Sequence[str]) -> list[str]:
     """Those of these options of a command line that it has, with their values."""
-    words = argv[0].partition("master process ")[2].split() if len(argv) == 1 else list(argv)
+    words = argv[0].partition("master process ")[2].split() if len(argv) == 1 else argv
     kept = []
     for word, following in zip(words[1:], [*words[2:], ""]):
         if word in options:
