@@ -5801,10 +5801,11 @@ def about_files(case: Case) -> Iterator[Finding]:
 def about_ports(case: Case) -> Iterator[Finding]:
     """Whether the listeners can be had, and who else has the port."""
     wanted, title = case.entry.wanted, case.entry.title
-    for place in (place for kind in wanted.challenge for place in places(wanted, kind)):
-        refusal = case.refused.get(place)
-        yield Finding(PROBLEM, title, refusal) if refusal else \
-            Finding(OK, title, f"{place.kind}: {place.host}:{place.port} can be listened on")
+    for kind in wanted.challenge:
+        for place in places(wanted, kind):
+            refusal = case.refused.get(place)
+            yield Finding(PROBLEM, title, refusal) if refusal else \
+                Finding(OK, title, f"{kind}: {place.host}:{place.port} can be listened on")
     if "http-01" in wanted.challenge and not places(wanted, "http-01"):
         holder = port_holder(CHALLENGES["http-01"].port)
         yield Finding(OK, title, f"port 80 here: {holder}") if holder else \
