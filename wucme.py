@@ -5814,12 +5814,12 @@ def about_ports(case: Case) -> Iterator[Finding]:
 
 def called_at(case: Case, kinds: Iterable[str]) -> dict[str, list[str]]:
     """The names that the CA connects to for these challenge types, and where to, as this host knows it."""
-    used = [kind for kind in case.entry.wanted.challenge if kind in kinds]
     found: dict[str, list[str]] = {}
-    for name in (name for name in case.task.names if any(proves(kind, name) for kind in used)):
-        found[name] = [name] if is_address(name) else []
-        with contextlib.suppress(NetworkError):
-            found[name] = found[name] or case.task.world.resolve(name)
+    for name in case.task.names:
+        if any(kind in kinds and proves(kind, name) for kind in case.entry.wanted.challenge):
+            found[name] = []
+            with contextlib.suppress(NetworkError):
+                found[name] = [name] if is_address(name) else case.task.world.resolve(name)
     return found
 
 
