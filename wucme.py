@@ -5718,7 +5718,7 @@ def open_log(run: RunScope) -> None:
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 VISIT_SECONDS = 5.0
 REDIRECTS = 10                  # that CAs follow
-CAA_RECORD = r'(?i)[0-9]+ (issue|issuewild) "([^";]*).*"'
+CAA_RECORD = r'[0-9]+ (issue|issuewild) "([^";]*).*"'
 
 
 class Finding(NamedTuple):
@@ -5845,12 +5845,12 @@ def about_addresses(case: Case) -> Iterator[Finding]:
 
 def caa_tags(case: Case, name: str) -> tuple[str, list[tuple[str, str]]]:
     """The CAA records (RFC 8659) that count for a name, as tags and values, and where they stand."""
-    at = name[2:] if name.startswith("*.") else name
+    at = name.removeprefix("*.")
     while at:
         lines = [line for line in ask_dns(case.task, "CAA", f"{at}.") if not line.endswith(".")]
         if lines:
-            matches = (re.fullmatch(CAA_RECORD, line) for line in lines)
-            return at, [(found[1].lower(), found[2].strip().lower()) for found in matches if found]
+            matches = (re.fullmatch(CAA_RECORD, line.lower()) for line in lines)
+            return at, [(found[1], found[2].strip()) for found in matches if found]
         at = at.partition(".")[2]
     return "", []
 
