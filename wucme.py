@@ -5863,7 +5863,7 @@ def about_caa(case: Case) -> Iterator[Finding]:
         except ChallengeError as error:
             yield Finding(NOTE, name, f"CAA records could not be looked up: {error}")
             return
-        wild = [value for tag, value in tags if tag == "issuewild"] if name.startswith("*.") else []
+        wild = [value for tag, value in tags if tag == "issuewild" and name.startswith("*.")]
         allowed = wild or [value for tag, value in tags if tag == "issue"]
         for word, known in case.issuers.items():
             if word in case.entry.wanted.server and allowed and known and not set(allowed) & set(known):
