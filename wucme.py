@@ -5775,11 +5775,12 @@ def obstacle(item: Item, entry: Entry) -> str:
 
 def about_loads(case: Case) -> Iterator[Finding]:
     """Whether procedures, directories and owners of the load list are there."""
-    for text in case.entry.wanted.load:
-        if problem := obstacle(parse_item(text), case.entry):
-            yield Finding(PROBLEM, case.entry.title, f"load: {text}: {problem}")
-    if not case.entry.wanted.load:
-        yield Finding(NOTE, case.entry.title, "the load list is empty: no server is told of a new certificate")
+    entry = case.entry
+    for text in entry.wanted.load:
+        if problem := obstacle(parse_item(text), entry):
+            yield Finding(PROBLEM, entry.title, f"load: {text}: {problem}")
+    if not entry.wanted.load:
+        yield Finding(NOTE, entry.title, "the load list is empty: no server is told of a new certificate")
 
 
 def about_files(case: Case) -> Iterator[Finding]:
