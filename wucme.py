@@ -5948,10 +5948,6 @@ def about_reach(case: Case) -> Iterator[Finding]:
         yield Finding(PROBLEM, case.entry.title, str(error))
 
 
-CHECKS: tuple[Callable[[Case], Iterator[Finding]], ...] = (
-    about_loads, about_files, about_ports, about_addresses, about_caa, about_reach)
-
-
 def suspects(settings: Settings, request: Request) -> list[Entry]:
     """The certificates to look at: those named, be they there or not, else all."""
     inventory = take_stock(settings)
@@ -5979,7 +5975,7 @@ def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Fin
         for entry in entries:
             plain = entry.wanted._replace(hook=None, nsupdate=None)
             task = Task(wanted_names(entry), plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
-            for check in CHECKS:
+            for check in (about_loads, about_files, about_ports, about_addresses, about_caa, about_reach):
                 yield from check(Case(entry, settings, task, refused, issuers))
 
 
