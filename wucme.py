@@ -5948,12 +5948,9 @@ def about_reach(case: Case) -> Iterator[Finding]:
         yield Finding(PROBLEM, case.entry.title, str(error))
 
 
-def suspects(settings: Settings, request: Request) -> list[Entry]:
+def suspects(settings: Settings, inventory: Inventory, request: Request) -> list[Entry]:
     """The certificates to look at: those named, be they there or not, else all."""
-    inventory = take_stock(settings)
-    if not request.names:
-        return list(inventory.entries.values())
-    found = []
+    found = [] if request.names else list(inventory.entries.values())
     for name in request.names:
         try:
             found += choose(inventory, [name])
@@ -5965,9 +5962,10 @@ def suspects(settings: Settings, request: Request) -> list[Entry]:
 
 def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Finding]:
     """Look at all that an order would need, and say what is found."""
-    check_copies(settings, load_items(settings), take_stock(settings))
+    items, inventory = load_items(settings), take_stock(settings)
+    check_copies(settings, items, inventory)
     make_directory(settings.run.directory)
-    entries, answers = suspects(settings, request), Answers(settings.run.directory)
+    entries, answers = suspects(settings, inventory, request), Answers(settings.run.directory)
     issuers: dict[str, Sequence[str]] = {}
     for word in dict.fromkeys(word for entry in entries for word in entry.wanted.server):
         yield from about_server(settings, word, world, issuers)
