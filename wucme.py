@@ -5787,14 +5787,17 @@ def about_files(case: Case) -> Iterator[Finding]:
     """Whether what the settings name is on this host."""
     import shutil
     wanted, path = case.entry.wanted, child_environment()["PATH"]
-    dns = any(kind.startswith("dns-") for kind in wanted.challenge)
-    needed = [*((f"webroot {one}", os.path.isdir(one)) for one in wanted.webroot),
-              *((f"hook {one}", os.access(one, os.X_OK)) for one in (wanted.hook.begin[:1] if wanted.hook else ())),
-              *((f"nsupdate {one.key}", os.access(one.key, os.R_OK)) for one in (wanted.nsupdate,) if one),
-              *((f"program {one} (Debian: bind9-dnsutils)", bool(shutil.which(one, path=path)))
-                for one, used in (("dig", dns), ("nsupdate", wanted.nsupdate)) if used),
-              *((f"csr {one}", os.access(one, os.R_OK)) for one in (wanted.csr,) if one)]
-    for what, there in needed:
+    programs = {"dig": any(kind.startswith("dns-") for kind in wanted.challenge), "nsupdate": wanted.nsupdate}
+    found: dict[str, Any] = {f"webroot {one}": os.path.isdir(one) for one in wanted.webroot}
+    if wanted.hook:
+        found[f"hook {wanted.hook.begin[0]}"] = os.access(wanted.hook.begin[0], os.X_OK)
+    if wanted.nsupdate:
+        found[f"nsupdate {wanted.nsupdate.key}"] = os.access(wanted.nsupdate.key, os.R_OK)
+    found.update({f"program {one} (Debian: bind9-dnsutils)": shutil.which(one, path=path)
+                  for one, used in programs.items() if used})
+    if wanted.csr:
+        found[f"csr {wanted.csr}"] = os.access(wanted.csr, os.R_OK)
+    for what, there in found.items():
         if not there:
             yield Finding(PROBLEM, case.entry.title, f"{what}: is not there, or cannot be used by this user")
 
