@@ -4143,10 +4143,11 @@ def in_order(lists: Iterable[Sequence[str]]) -> list[str]:
 
 def server_name(item: Item, entry: Entry) -> str:
     """The name that a proof asks the server for: sni, else the host; for an address a name of the certificate."""
-    host, names = item.argv[0].replace("{name}", entry.name), entry.facts.names if entry.facts else ()
-    if "sni" in item.options or host in names or not is_address(host):
-        return item.options.get("sni", host).replace("{name}", entry.name)
-    return names[0].replace("*", "www") if names else host
+    asked = item.options.get("sni", item.argv[0]).replace("{name}", entry.name)
+    names = entry.facts.names if entry.facts else ()
+    if "sni" in item.options or asked in names or not names or not is_address(asked):
+        return asked
+    return names[0].replace("*", "www")
 
 
 def concerns(item: Item, entry: Entry) -> bool:
