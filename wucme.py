@@ -4224,8 +4224,7 @@ def reload_server(name: str, master: Process, timeout: float, world: World) -> s
         for line in tested.output:
             log(f"+{name}: {line}")
         return f"{who} was not reloaded, its configuration test failed: {with_last_line(tested)}"
-    unit = unit_of(master, timeout, world)
-    if unit:
+    if unit := unit_of(master, timeout, world):
         return with_last_line(world.command(["systemctl", "reload", unit], child_environment(), timeout))
     if isinstance(kind.reload, tuple):
         return with_last_line(run(kind.reload))
