@@ -4878,17 +4878,16 @@ class Clients:
         self.settings, self.world = settings, world
         self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
         self.reached: dict[str, Client | Exception] = {}        # by `server` word, like what is asked for
-        self.reach = once(self.recall if settings.run.directory else functools.partial(reach, settings, world),
-                          self.reached)
+        self.reach = once(self.recall, self.reached)
         self.enter = once(lambda word: enter(settings, word, self.reach, world, make), {})
 
     def recall(self, word: str) -> Client:
         """A client of a CA, with what is remembered of it."""
-        state = read_json(account_of(self.settings, word).state)
+        state = read_json(account_of(self.settings, word).state) if self.settings.run.directory else {}
         if state.get("directory") != find_server(self.settings, word)[1].url:
-            return reach(self.settings, self.world, word)
+            state = {}
         client = reach(self.settings, self.world, word, state.get("known"))
-        with contextlib.suppress(ProtocolError):
+        with contextlib.suppress(ProtocolError):        # also where none is remembered
             client.account = client.own_url(state.get("account"), "account")
         return client
 
