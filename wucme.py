@@ -4767,27 +4767,22 @@ def choose_key(entry: Entry, resumed: bool) -> PrivateKey:
     return new_key(entry.wanted.key)
 
 
-class Prepared(NamedTuple):
-    """What an order is finished with: the certificate as it is remembered, its key (None with a CSR), the request."""
-    entry: Entry
-    key: PrivateKey | None
-    request: bytes
+def prepare(entry: Entry, order: Order, server: str, run: RunScope) -> tuple[Entry, PrivateKey | None, bytes]:
+    """Choose the key for an order, and write down what a killed run needs to go on with it.
 
-
-def prepare(entry: Entry, order: Order, server: str, run: RunScope) -> Prepared:
-    """Choose the key for an order, and write down what a killed run needs to go on with it."""
-    names = wanted_names(entry)
+    Gives what the order is finished with: the certificate as it is remembered, its key (None with a CSR), the request.
+    """
     key = None if entry.wanted.csr else choose_key(entry, order.url == entry.memory.order)
     entry = remember(run.directory, entry, order=order.url, order_server=server)
     if not key:
-        return Prepared(entry, key, request_facts(read(entry.wanted.csr))[0])
+        return entry, key, request_facts(read(entry.wanted.csr))[0]
     waiting, text = f"{entry.key}_tmp", key_pem(key)
     # What waits may be the only copy of a key that a CA has signed already: it is not made anew.
     if (not entry.whole or key_hash(key.public_key()) != entry.memory.key_hash) and not (
             os.path.isfile(waiting) and read(waiting) == text):
         create(waiting, text, owner(entry.key, 0o600))
         sync_directory(entry.key)
-    return Prepared(entry, key, signing_request(key, names, entry.wanted.must_staple))
+    return entry, key, signing_request(key, wanted_names(entry), entry.wanted.must_staple)
 
 
 def obtain(entry: Entry, by: Opened, task: Task, run: RunScope) -> Obtained:
