@@ -4840,18 +4840,20 @@ def preference(entry: Entry, settings: Settings) -> list[str]:
     return words[turn:] + words[:turn]
 
 
-def once(make: Callable[[str], T], made: dict[str, T | Exception]) -> Callable[[str], T]:
+def once(make: Callable[[str], T]) -> Callable[[str], T]:
     """Make something for each word when it is first asked for; what fails then, fails all who ask."""
     guard = threading.Lock()
 
+    @functools.cache
+    def made(word: str) -> T | Exception:
+        try:
+            return make(word)
+        except Exception as error:
+            return error
+
     def get(word: str) -> T:
         with guard:
-            if word not in made:
-                try:
-                    made[word] = make(word)
-                except Exception as error:
-                    made[word] = error
-            found = made[word]
+            found = made(word)
         if isinstance(found, Exception):
             raise found
         return found
@@ -4872,16 +4874,16 @@ class Clients:
     def __init__(self, settings: Settings, world: World, make: bool = True) -> None:      # `make` an account
         self.settings, self.world = settings, world
         self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
-        self.reached: dict[str, Client | Exception] = {}        # by `server` word, like what is asked for
-        self.reach = once(self.recall, self.reached)
-        self.enter = once(lambda word: enter(settings, word, self.reach, world, make), {})
+        self.reached: dict[str, Client] = {}        # by `server` word, like what is asked for
+        self.reach = once(self.recall)
+        self.enter = once(lambda word: enter(settings, word, self.reach, world, make))
 
     def recall(self, word: str) -> Client:
         """A client of a CA, with what is remembered of it."""
         state = read_json(account_of(self.settings, word).state) if self.settings.run.directory else {}
         if state.get("directory") != find_server(self.settings, word)[1].url:
             state = {}
-        client = reach(self.settings, self.world, word, state.get("known"))
+        self.reached[word] = client = reach(self.settings, self.world, word, state.get("known"))
         with contextlib.suppress(ProtocolError):        # also where none is remembered
             client.account = client.own_url(state.get("account"), "account")
         return client
@@ -4889,11 +4891,10 @@ class Clients:
     def close(self) -> None:
         """Close the connections, and remember what became of the accounts."""
         for word, client in list(self.reached.items()):      # a worker that was given up may reach one yet
-            if isinstance(client, Client):
-                client.close()
-                if self.settings.run.directory:
-                    with contextlib.suppress(OSError):      # the account can be asked for again
-                        note_account(client, account_of(self.settings, word))
+            client.close()
+            if self.settings.run.directory:
+                with contextlib.suppress(OSError):      # the account can be asked for again
+                    note_account(client, account_of(self.settings, word))
 
 
 def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answers: Answers, run: RunScope) -> Obtained:
