@@ -4902,14 +4902,13 @@ def obtain_somewhere(entry: Entry, kinds: Sequence[str], clients: Clients, answe
     monotonic, words = clients.world.monotonic, preference(entry, clients.settings)
     until = monotonic() + run.deadline
     task = Task(wanted_names(entry), entry.wanted, kinds, until, answers, clients.world, threading.Event(), entry.name)
-    for word in words[:-1]:
+    while True:
         try:
-            return obtain_by_some_way(entry, clients.enter(word), task, run)
+            return obtain_by_some_way(entry, clients.enter(words.pop(0)), task, run)
         except NetworkError as error:
-            if isinstance(error, UnfinishedError) or monotonic() > until:
+            if not words or isinstance(error, UnfinishedError) or monotonic() > until:
                 raise
             log(f"{entry.title}: {error}; trying the next CA")
-    return obtain_by_some_way(entry, clients.enter(words[-1]), task, run)
 
 
 def store(obtained: Obtained, run: RunScope, mark: str, now: float,
