@@ -5643,12 +5643,6 @@ def by_cron(settings: Settings, launch: Launch) -> Schedule:
                     f"crontab -e, and take out the line that ends in {OWN_LINE}")
 
 
-def read_table(path: str) -> list[str]:
-    """The lines of a table of cron; none where it cannot be read."""
-    with contextlib.suppress(FileError):
-        return read(path).decode("utf-8", "replace").splitlines()
-    return []
-
 
 def has_it_run(line: str, script: str) -> bool:
     """Whether a line of a table of cron runs a script, as a file or as a module, and is not ours to replace."""
@@ -5659,9 +5653,13 @@ def has_it_run(line: str, script: str) -> bool:
 
 def other_tables(script: str, world: World) -> Iterator[str]:
     """The tables of cron that run this script by a line that is not ours to replace."""
-    tables, folder = {"/etc/crontab": read_table("/etc/crontab")}, os.path.dirname(CRON_FILE)
+    paths, folder = ["/etc/crontab"], os.path.dirname(CRON_FILE)
     with contextlib.suppress(OSError):
-        tables.update({path: read_table(path) for path in (os.path.join(folder, name) for name in os.listdir(folder))})
+        paths += [os.path.join(folder, name) for name in os.listdir(folder)]
+    tables = {}
+    for path in paths:
+        with contextlib.suppress(FileError):        # what cannot be read has no lines
+            tables[path] = read(path).decode("utf-8", "replace").splitlines()
     tables[OWN_TABLE] = world.command(("crontab", "-l"), child_environment(), 60.0).output
     return (name for name, lines in tables.items() if name != CRON_FILE
             and any(has_it_run(line, path) for line in lines for path in (script, os.path.realpath(script))))
