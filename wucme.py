@@ -5190,12 +5190,10 @@ def alarm(settings: Settings, items: Mapping[str, Item], ledger: Ledger, world: 
 
 def examine(inventory: Inventory, request: Request, now: float) -> list[Decision]:
     """What to do about each certificate; one that was not asked for is not due."""
-    if not request.names:
-        return [decide(entry, now, False, request.force) for entry in inventory.entries.values()]
-    chosen = {entry.name for entry in choose(inventory, request.names)}
-    decisions = [decide(entry, now, True, request.force) if entry.name in chosen else decide(entry, now)
-                 for entry in inventory.entries.values()]
-    return [one if one.entry.name in chosen else one._replace(due=False) for one in decisions]
+    entries, named = inventory.entries, bool(request.names)
+    chosen = {entry.name for entry in choose(inventory, request.names)} if named else entries
+    return [decide(entry, now, named, request.force) if entry.name in chosen else decide(entry, now)._replace(due=False)
+            for entry in entries.values()]
 
 
 def pass_by(decision: Decision, run: RunScope, now: float) -> Outcome:
