@@ -4861,9 +4861,9 @@ def once(make: Callable[[str], T]) -> Callable[[str], T]:
     return get
 
 
-def touch(get: Callable[[str], object], words: Iterable[str]) -> None:
-    """Make what will be needed; what fails here, fails who needs it."""
-    for word in dict.fromkeys(words):
+def touch(get: Callable[[str], object], entries: Iterable[Entry], settings: Settings) -> None:
+    """Make what these certificates will need of their first CAs; what fails here, fails who needs it."""
+    for word in dict.fromkeys(preference(entry, settings)[0] for entry in entries):
         with contextlib.suppress(Exception):
             get(word)
 
@@ -5029,8 +5029,7 @@ def renew_all(due: Iterable[Entry], settings: Settings, clients: Clients, now: f
     answers, begun, jobs = Answers(run.directory), {}, []
     # The CAs are called while listeners and keys are seen to.
     get_ready_to_dial()
-    calls = functools.partial(touch, clients.reach, [preference(entry, settings)[0] for entry in urgent])
-    with beside(calls), listening(urgent, answers) as refused:
+    with beside(lambda: touch(clients.reach, urgent, settings)), listening(urgent, answers) as refused:
         for entry in urgent:
             try:
                 kinds = prospects(entry.wanted, check_names(entry), refused)
@@ -5041,7 +5040,7 @@ def renew_all(due: Iterable[Entry], settings: Settings, clients: Clients, now: f
             jobs.append(Job(entry.name, functools.partial(obtain_somewhere, entry, kinds, clients, answers, run),
                             patience(entry, run)))
         # Accounts first: the user may be asked about terms.
-        touch(clients.enter, [preference(entry, settings)[0] for entry in begun.values()])
+        touch(clients.enter, begun.values(), settings)
         for name, result in gather(jobs, run.workers, world, clients.until):
             yield conclude(begun[name], result, run, now, world)
         with contextlib.suppress(OSError):      # too many backups do no harm
