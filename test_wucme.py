@@ -7749,7 +7749,7 @@ def unit(settings: dict[str, str], text: str = "", **more: str) -> str:
     source = wucme.Source("/etc/wucme/wucme.ini", f"[wucme]\n{body}{textwrap.dedent(text)}")
     found = wucme.read_settings(source, more)
     launch = wucme.Launch("/opt/a b/100%", ["/bin/true", "a b", "$x", "100%"])
-    return wucme.service(found, wucme.load_items(found), launch)
+    return wucme.service(found, launch)
 
 
 # Runs a command as a unit of systemd would be: all read-only but for the paths named, and with these rights alone.

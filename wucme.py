@@ -5599,9 +5599,9 @@ def refuse_relative(source: Source) -> None:
                                         f"paths, for {word} depends on where a run is started")
 
 
-def service(settings: Settings, items: Mapping[str, Item], launch: Launch) -> str:
+def service(settings: Settings, launch: Launch) -> str:
     """The unit of a run: it may do as little as the settings allow."""
-    run = settings.run
+    items, run = load_items(settings), settings.run
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
     if any(text[0] in "+@$" for text in items) or any(scope.hook or scope.nsupdate for scope in scopes):
         confined = LOOSE
@@ -5620,7 +5620,7 @@ def by_systemd(settings: Settings, launch: Launch) -> Schedule:
     """A timer of systemd."""
     if os.geteuid() != 0:
         raise SettingsError("timer: only root can install a unit of systemd; timer cron takes your own crontab")
-    texts = {f"{UNITS}/wucme.service": service(settings, load_items(settings), launch), f"{UNITS}/wucme.timer": TIMER}
+    texts = {f"{UNITS}/wucme.service": service(settings, launch), f"{UNITS}/wucme.timer": TIMER}
     return Schedule(texts, [("systemctl", "daemon-reload"), ("systemctl", "enable", "--now", "wucme.timer")],
                     f"systemctl disable --now wucme.timer; rm {' '.join(texts)}; systemctl daemon-reload")
 
