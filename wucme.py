@@ -5497,7 +5497,7 @@ ACCOUNT_VERBS: dict[str, Callable[[Opened, str], list[str]]] = {
 
 def account_verb(settings: Settings, request: Request, world: World) -> Report:
     """See to the account at a CA: new, show, update, newkey, deactivate."""
-    action = request.names[0] if len(request.names) == 1 else ""
+    action = " ".join(request.names)
     if action not in ACCOUNT_VERBS:
         raise SettingsError(f"account takes one of {', '.join(ACCOUNT_VERBS)}")
     with locked(settings.run, world), contextlib.closing(Clients(settings, world, action == "new")) as clients:
@@ -5664,7 +5664,7 @@ def other_tables(script: str, world: World) -> Iterator[str]:
 
 def timer(settings: Settings, request: Request, world: World) -> list[str]:
     """Show what makes wucme run every hour, or put it there in place of what was there; lines that say so."""
-    if request.options or request.staging or len(request.names) > 1 or not set(request.names) <= {"systemd", "cron"}:
+    if request.options or request.staging or request.names not in ((), ("systemd",), ("cron",)):
         raise SettingsError("timer takes systemd or cron, and settings from the ini alone")
     form = (*request.names, "systemd" if os.geteuid() == 0 and os.path.isdir(BOOTED) else "cron")[0]
     script = os.path.abspath(__file__)
