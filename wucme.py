@@ -5411,10 +5411,10 @@ STATELESS = """\
 
 def show_thumbprint(settings: Settings, _: Request, __: World) -> Report:
     """Print the account key's thumbprint, and what makes web servers answer every challenge with it."""
-    key = account_key(account_of(settings, settings.default.server[0]))
-    names = [name for one in settings.sections.values() for name in one.values.names]
-    text = STATELESS.replace("@PRINT@", thumbprint(key)).replace("@HOST@", settings.run.host)
-    print(f"{thumbprint(key)}\n\n{text.replace('@NAME@', (names or [settings.run.host])[0])}")
+    host, mark = settings.run.host, thumbprint(account_key(account_of(settings, settings.default.server[0])))
+    name = next((name for one in settings.sections.values() for name in one.values.names), host)
+    print(f"{mark}\n")
+    print(STATELESS.replace("@PRINT@", mark).replace("@HOST@", host).replace("@NAME@", name))
     return Report(0, [], [])
 
 
