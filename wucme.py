@@ -4654,28 +4654,28 @@ def reach(settings: Settings, world: World, word: str, known: object = None) -> 
 
 def applicant(server: ServerScope) -> Applicant:
     """What a new account at a CA is made with."""
-    mac = server.eab_hmac
-    if server.eab_hmac_file:
-        mac = Secret(read(server.eab_hmac_file).decode("ascii", "replace"))
+    file = server.eab_hmac_file
+    mac = Secret(read(file).decode("ascii", "replace")) if file else server.eab_hmac
     return Applicant(server.contact, server.eab_kid, mac, server.eab_alg)
 
 
 def account_key(account: Account) -> PrivateKey:
     """The key of an account, made if there is none."""
-    if not os.path.exists(account.key):
-        log(f"making an account key, {account.key}")
-        replace(account.key, key_pem(new_key("ecdsa-p256")))
-    log(f"loading key from {account.key}")
-    text = read(account.key)
+    path = account.key
+    if not os.path.exists(path):
+        log(f"making an account key, {path}")
+        replace(path, key_pem(new_key("ecdsa-p256")))
+    log(f"loading key from {path}")
+    text = read(path)
     try:
         if not text.lstrip().startswith(b"{"):
             return parse_key(text)
         key = jwk_key(text)
-        log(f"{account.key} holds a JWK; it is kept as PEM from now on")
-        replace(account.key, key_pem(key))
+        log(f"{path} holds a JWK; it is kept as PEM from now on")
+        replace(path, key_pem(key))
         return key
     except PemError as error:
-        raise PemError(f"{account.key}: {error}") from error
+        raise PemError(f"{path}: {error}") from error
 
 
 def account_of(settings: Settings, word: str) -> Account:
@@ -4942,7 +4942,7 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float,
     if not found.whole:
         raise FileError(f"{found.fault or entry.key}: the new pair does not fit on the disk")
     with contextlib.suppress(OSError):      # it is live: what follows must not undo that
-        remember(run.directory, found, server=obtained.server, names=tuple(names), profile=entry.wanted.profile,
+        remember(run.directory, found, server=obtained.server, names=names, profile=entry.wanted.profile,
                  window=(), about="", ask_at=0.0, **SETTLED)
     return found
 
@@ -5066,9 +5066,10 @@ def advised(entry: Entry, result: Any, run: RunScope, now: float) -> Entry:
         window, wait = result
         drawn = settle_window(window, memory.window, random.random()) if window else ()     # noqa: S311 - no secret
         memory = memory._replace(window=drawn, about=window.about if window else "", ask_at=now + wait)
+    entry = entry._replace(memory=memory)
     with contextlib.suppress(OSError):
-        return remember(run.directory, entry._replace(memory=memory))
-    return entry._replace(memory=memory)
+        return remember(run.directory, entry)
+    return entry
 
 
 def ask_windows(decisions: Iterable[Decision], settings: Settings, clients: Clients, now: float) -> dict[str, Entry]:
@@ -5326,7 +5327,7 @@ def rehearse(settings: Settings, request: Request, world: World) -> Report:
                                           "the load list is empty" if lists else "there is no certificate"))
         loads += alarm(settings, items, ledger, world)
         loads += save(ledger)
-        return Report(inventory.files, [Outcome(entry.title, "current") for entry in entries], loads)
+        return Report(inventory.files, [CURRENT] * len(entries), loads)
 
 
 def foretell(settings: Settings, request: Request, world: World) -> list[str]:
@@ -5458,8 +5459,7 @@ def show_account(opened: Opened, _: str) -> list[str]:
 
 def update_account(opened: Opened, mark: str) -> list[str]:
     """The account with the contact of the settings, or none."""
-    wanted = [f"mailto:{address}" for address in opened.who.contact]
-    opened.client.account_object({"contact": wanted})
+    opened.client.account_object({"contact": [f"mailto:{address}" for address in opened.who.contact]})
     return show_account(opened, mark)
 
 
@@ -5683,9 +5683,8 @@ def timer(settings: Settings, request: Request, world: World) -> list[str]:
         if path != OWN_TABLE:
             replace(path, f"# made, and replaced, by wucme.py timer --install\n{text}".encode(), 0o644)
     for words in plan.then:
-        finished = world.command(words, child_environment(), 60.0)
-        if finished.problem:
-            raise FileError(f"{' '.join(words)}: {with_last_line(finished)}")
+        if problem := with_last_line(world.command(words, child_environment(), 60.0)):
+            raise FileError(f"{' '.join(words)}: {problem}")
     if form == "systemd":
         remove(CRON_FILE)
     return [f"wucme runs every hour by {form}: {' '.join(plan.texts)}", f"to undo that: {plan.undo}"]
