@@ -4705,21 +4705,6 @@ def sign_up(client: Client, server: ServerScope, who: Applicant, world: World) -
     client.register(who, True)
 
 
-def enter(settings: Settings, word: str, reach: Callable[[str], Client], world: World, make: bool) -> Opened:
-    """Open the account at a CA; if there is none, it is made if it may be and the terms are agreed to."""
-    account, server = account_of(settings, word), find_server(settings, word)[1]
-    key, client, who = account_key(account), reach(word), applicant(server)
-    client.key = key
-    if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
-        finish_key_change(client, account, who)
-    if not client.account and not client.register(who, make and server.agree):
-        if not make:
-            raise SettingsError(f"{server.url}: no account yet; account new makes one, as the first order does "
-                                "(the CA's terms of service must be agreed to, if it has any)")
-        sign_up(client, server, who, world)
-    note_account(client, account)
-    return Opened(client, server, account, who)
-
 
 def is_limit(error: Exception) -> bool:
     """Whether a CA but says not now, which ends no order."""
@@ -4872,11 +4857,11 @@ class Clients:
     """The CAs that a run needs: `reach` is a client of one, for questions that need no account, `enter` the account."""
 
     def __init__(self, settings: Settings, world: World, make: bool = True) -> None:      # `make` an account
-        self.settings, self.world = settings, world
+        self.settings, self.world, self.make = settings, world, make
         self.until = world.monotonic() + DEADLINES * settings.run.deadline      # nothing is begun later
         self.reached: dict[str, Client] = {}        # by `server` word, like what is asked for
         self.reach = once(self.recall)
-        self.enter = once(lambda word: enter(settings, word, self.reach, world, make))
+        self.enter = once(self.sign_in)
 
     def recall(self, word: str) -> Client:
         """A client of a CA, with what is remembered of it."""
@@ -4887,6 +4872,21 @@ class Clients:
         with contextlib.suppress(ProtocolError):        # also where none is remembered
             client.account = client.own_url(state.get("account"), "account")
         return client
+
+    def sign_in(self, word: str) -> Opened:
+        """Open the account at a CA; if there is none, it is made if it may be and the terms are agreed to."""
+        account, server = account_of(self.settings, word), find_server(self.settings, word)[1]
+        key, client, who = account_key(account), self.reach(word), applicant(server)
+        client.key = key
+        if os.path.exists(f"{account.key}_tmp"):        # a change of the key was cut short
+            finish_key_change(client, account, who)
+        if not client.account and not client.register(who, self.make and server.agree):
+            if not self.make:
+                raise SettingsError(f"{server.url}: no account yet; account new makes one, as the first order does "
+                                    "(the CA's terms of service must be agreed to, if it has any)")
+            sign_up(client, server, who, self.world)
+        note_account(client, account)
+        return Opened(client, server, account, who)
 
     def close(self) -> None:
         """Close the connections, and remember what became of the accounts."""
