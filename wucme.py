@@ -5133,12 +5133,9 @@ class Standing(NamedTuple):
 
 def load_json(entry: Entry, items: Mapping[str, Item], ledger: Ledger) -> list[Json]:
     """The load list of one certificate, as status --json has it."""
-    found = []
-    for text in (text for text in entry.wanted.load if concerns(items[text], entry)):
-        done = ledger.done(entry, text)
-        found.append({"item": text, "state": "owed" if ledger.owes(entry, text) else "loaded",
-                      "since": utc(done.since) if done.problem else None, "problem": done.problem})
-    return found
+    done = [(text, ledger.done(entry, text)) for text in entry.wanted.load if concerns(items[text], entry)]
+    return [{"item": text, "state": "owed" if ledger.owes(entry, text) else "loaded",
+             "since": utc(last.since) if last.problem else None, "problem": last.problem} for text, last in done]
 
 
 def standing(settings: Settings, world: World) -> Standing:
