@@ -5289,7 +5289,7 @@ def run_once(settings: Settings, request: Request, world: World) -> Report:
         check_copies(settings, items, inventory)
         decisions = examine(inventory, request, now)
         if told := ask_windows(decisions, settings, clients, now):
-            inventory = inventory._replace(entries={**inventory.entries, **told})
+            inventory.entries.update(told)
             decisions = examine(inventory, request, now)
         clean_up(inventory, settings, world)
         entries, outcomes, loads = inventory.entries, [], []
