@@ -4592,14 +4592,15 @@ def take_stock(settings: Settings) -> Inventory:
 def load_items(settings: Settings) -> dict[str, Item]:
     """Every item of load and alert, by its text; SettingsError for the first that can never work."""
     items = {}
-    for text, section, key in [*((text, section, "load") for text, section in settings.lists.items()),
-                               *((text, "wucme", "alert") for text in settings.run.alert)]:
-        try:
-            items[text] = parse_item(text)
-            if key == "alert" and text[0] not in "@$":
-                raise ValueError("alert takes @ (a procedure) and $ (a shell command)")
-        except ValueError as error:
-            raise SettingsError(f"{settings.source.where(section, key, text)}: {printable(text)}: {error}") from error
+    for key, lines in ("load", settings.lists), ("alert", dict.fromkeys(settings.run.alert, "wucme")):
+        for text, section in lines.items():
+            try:
+                items[text] = parse_item(text)
+                if key == "alert" and text[0] not in "@$":
+                    raise ValueError("alert takes @ (a procedure) and $ (a shell command)")
+            except ValueError as error:
+                where = settings.source.where(section, key, text)
+                raise SettingsError(f"{where}: {printable(text)}: {error}") from error
     return items
 
 
