@@ -5256,10 +5256,9 @@ def others_trusted(settings: Settings, items: Mapping[str, Item], entries: Itera
                    ledger: Ledger) -> Iterator[Outcome]:
     """One warning, news once, if root trusts what a group or another user may change."""
     scopes = [settings.default, *(section.values for section in settings.sections.values())]
-    home = settings.run.directory
     kept = compiled(os.path.abspath(__file__))
-    paths = [__file__, kept, os.path.dirname(kept), settings.source.path or __file__, home,
-             *(entry.key for entry in entries if entry.wanted.csr or not entry.guarded),
+    paths = [__file__, kept, os.path.dirname(kept), settings.source.path or __file__,
+             settings.run.directory, *(entry.key for entry in entries if entry.wanted.csr or not entry.guarded),
              *(scope.hook.begin[0] for scope in scopes if scope.hook),
              *(item.argv[0] for item in items.values() if item.text[0] == "@")]
     found = tuple(dict.fromkeys(filter(None, map(others_may_write, paths)))) if os.geteuid() == 0 else ()
