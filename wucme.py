@@ -4599,8 +4599,8 @@ def load_items(settings: Settings) -> dict[str, Item]:
                 if key == "alert" and text[0] not in "@$":
                     raise ValueError("alert takes @ (a procedure) and $ (a shell command)")
             except ValueError as error:
-                where = settings.source.where(section, key, text)
-                raise SettingsError(f"{where}: {printable(text)}: {error}") from error
+                raise SettingsError(f"{settings.source.where(section, key, text)}: {printable(text)}: "
+                                    f"{error}") from error
     return items
 
 
