@@ -5605,7 +5605,7 @@ def service(settings: Settings, launch: Launch) -> str:
     else:
         files = [run.log, run.metrics, *(item.argv[0].partition("{name}")[0] for item in items.values()
                                          if item.text[0] == ">")]
-        paths = [run.directory, *(os.path.dirname(path) for path in files if path),
+        paths = [run.directory, *map(os.path.dirname, filter(None, files)),
                  *(path for scope in scopes for path in scope.webroot)]
         confined = STRICT.format(" ".join(unit_word(f"-{path}") for path in dict.fromkeys(paths)))
     limit = run.lock_wait + 2 * DEADLINES * run.deadline + len(items) * settings.default.load_timeout
