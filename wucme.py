@@ -4706,7 +4706,6 @@ def sign_up(client: Client, server: ServerScope, who: Applicant, world: World) -
     client.register(who, True)
 
 
-
 def is_limit(error: Exception) -> bool:
     """Whether a CA but says not now, which ends no order."""
     return isinstance(error, AcmeError) and error.kind == "rateLimited"
@@ -5635,7 +5634,6 @@ def by_cron(settings: Settings, launch: Launch) -> Schedule:
     line = f"{when} {line}  {OWN_LINE}"
     return Schedule({OWN_TABLE: f"{line}\n"}, [*then, ("env", f"WUCME_LINE={line}", "sh", "-c", CRONTAB)],
                     f"crontab -e, and take out the line that ends in {OWN_LINE}")
-
 
 
 def has_it_run(line: str, script: str) -> bool:
