@@ -4975,9 +4975,10 @@ def fail(entry: Entry, error: Exception, run: RunScope, now: float) -> Outcome:
 
 def patience(entry: Entry, run: RunScope) -> float:
     """The seconds after which a certificate is given up for this run, whatever its worker does."""
-    slow = 2 * entry.wanted.load_timeout * len(wanted_names(entry)) if entry.wanted.hook else 0.0
-    each = run.deadline + 3 * run.timeout + (entry.wanted.dns_wait if entry.wanted.nsupdate or slow else 0.0)
-    return len(entry.wanted.challenge) * each + slow
+    wanted = entry.wanted
+    slow = 2 * wanted.load_timeout * len(wanted_names(entry)) if wanted.hook else 0.0
+    each = run.deadline + 3 * run.timeout + (wanted.dns_wait if wanted.nsupdate or slow else 0.0)
+    return len(wanted.challenge) * each + slow
 
 
 def check_names(entry: Entry) -> Sequence[str]:
