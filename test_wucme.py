@@ -2666,6 +2666,10 @@ class TestWays:
         assert "no hook for it is set any more" in "".join(log.held)
         path = tmp_path / "tokens" / ".a.example"
         assert mode(path) == 0o600
+        again = wucme.Journal(task)     # of a next try
+        again.add("webroot", proofs[1], str(tmp_path / "file"))
+        wucme.undo_all(again, task, "failed")
+        assert again.rows == journal.rows
         lines = list(wucme.undo_left(task, str(path)))
         assert len(lines) == 1
         assert "hook of a.example, left by a run that was stopped, cannot be undone" in lines[0]
@@ -3005,10 +3009,15 @@ class TestAcme:
         ("", 0), ("0", 0), ("120", 120), (" 7 ", 7), ("-5", 0), ("1.5", 0), ("soon", 0), ("²", 0), ("9" * 30, 7 * DAY),
         (email.utils.formatdate(NOW + 90, usegmt=True), 90), (email.utils.formatdate(NOW - 90, usegmt=True), 0),
         ("Fri, 31 Dec 9999 23:59:59 GMT", 7 * DAY), ("Fri, 31 Dec 99999 23:59:59 GMT", 0),
-        ("Fri, 99 Foo 2026 25:61:61 GMT", 0),
+        ("Fri, 99 Foo 2026 25:61:61 GMT", 0), (time.asctime(time.gmtime(NOW + 90)), 90),
+        (time.strftime("%A, %d-%b-%y %H:%M:%S GMT", time.gmtime(NOW + 90)), 90),
     ])
-    def test_how_long_to_wait(self, value: str, seconds: float) -> None:
-        assert wucme.asked_wait(response(Retry_After=value), NOW) == seconds
+    def test_how_long_to_wait(self, value: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", "XYZ+5")
+            time.tzset()
+            assert wucme.asked_wait(response(Retry_After=value), NOW) == seconds
+        time.tzset()
         assert wucme.asked_wait(response(), NOW) == 0
 
     @bounded
@@ -3455,7 +3464,7 @@ class TestItems:
         ("> /a what=p12 password_file=b", "needs a whole path"), ("> /a owner=a:b:c", "USER, USER:GROUP"),
         ("> /a mod=0644", "'mod=0644' must be one of what= mode= owner= password_file="),
         ("> /a mode=", "once and with its value"), ("> /a mode=600 mode=600", "once and with its value"),
-        ("? a", "must be :PORT, ADDRESS:PORT"), ("? :443", "needs HOST:PORT"), ("? a:0", "must be"),
+        ("? a", "must be :PORT, ADDRESS:PORT"), ("? 'a:1 b:2'", "must be"), ("? :443", "needs HOST:PORT"), ("? a:0", "must be"),
         ("?", "must be ? HOST:PORT"), ("? a:1 all=yes", "once and with"), ("? a:1 sni", "must be one of"),
         ("? a:1 sni={names}", "only {name} is replaced"),
         ("? a:1 starttls=ftp", "must be one of smtp, imap, pop3"),
@@ -4148,6 +4157,15 @@ class TestDiagnosis:
         settings = set_up(tmp_path, "[wucme]\nload = > /tmp/x.pem\n[a.example]\n[b.example]\n")
         with pytest.raises(wucme.SettingsError, match=r"would be written for a\.example and for b\."):
             next(wucme.diagnose(settings, wucme.Request("check"), wucme.REAL))
+
+    def test_a_name_that_no_ca_takes_is_a_problem(self, tmp_path: Path) -> None:
+        settings = set_up(tmp_path, "[wucme]\nserver = https://localhost:9/\nproxy = none\n")
+        directory = Path(settings.run.directory)
+        now = datetime.now(timezone.utc)
+        fakeca.make_pair(directory, "odd", ["1.2.3"], now - timedelta(1), now + timedelta(80))
+        lines = told(wucme.diagnose(settings, wucme.Request("check"), wucme.REAL))
+        assert lines[-1] == (f"problem 1.2.3: {directory}/wucme_c_odd.pem: '1.2.3' is neither a host name nor an IP "
+                             "address; declare it, with names = ...")
 
     @pytest.mark.parametrize(("level", "text", "late"), [
         ("ok", "answers, and its clock agrees", 0),
@@ -5323,6 +5341,13 @@ class TestAccountsAndProfiles:
         assert "due: it was revoked" in lab.run().err
         assert lab.pair()[1] != key
         assert lab.run() == Done(0, "", "")
+
+    def test_what_holds_no_certificate_is_not_revoked(self, lab: Host) -> None:
+        path = lab.home / "empty.pem"
+        path.touch()
+        done = lab.run("revoke", path)
+        assert (done.status, done.out) == (1, "")
+        assert done.err.endswith(f"failed: {path}: holds no certificate\n")
 
     def test_revocation_by_the_certificates_own_key(self, fake: fakeca.FakeCA, lab: Host) -> None:
         lab.run("issue", "a.example.test")

@@ -2835,14 +2835,21 @@ class Published(NamedTuple):
     proof: Proof
 
 
+def noted(path: str) -> list[Published]:
+    """What a journal tells; what does not look as it should is left out."""
+    found = read_json(path).get("rows")
+    return [Published(row[0], row[1], Proof(*map(str, row[2]))) for row in (found if isinstance(found, list) else [])
+            if isinstance(row, list) and [type(part) for part in row] == [str, str, list] and len(row[2]) == 4]
+
+
 class Journal:
     """All that is published for one certificate; what outlives this process is kept in tokens/ until it is undone."""
 
     def __init__(self, task: Task) -> None:
         self.path = os.path.join(task.answers.directory, f".{task.label}")
         self.names = task.names
-        self.rows: list[Published] = []
-        self.written = False
+        self.rows = noted(self.path)        # by a try before this one, which could not undo it
+        self.written = bool(self.rows)
 
     def save(self) -> None:
         """Write down what a later run would have to undo."""
@@ -3135,13 +3142,10 @@ def undo_all(journal: Journal, task: Task, verdict: str) -> None:
 
 def undo_left(task: Task, path: str) -> Iterator[str]:
     """Undo what the journal of a killed run tells, once; a line for each."""
-    found = read_json(path).get("rows")
-    for row in found if isinstance(found, list) else []:
-        if isinstance(row, list) and [type(part) for part in row] == [str, str, list] and len(row[2]) == 4:
-            one = Published(row[0], row[1], Proof(*map(str, row[2])))
-            problem = undone(task, one, "failed") if one.way in LASTING else "nobody knows how"
-            yield (f"{task.names[0]}: {one.way} of {one.proof.name}, left by a run that was stopped, "
-                   + (f"cannot be undone, see to it yourself: {problem}" if problem else "is undone"))
+    for one in noted(path):
+        problem = undone(task, one, "failed") if one.way in LASTING else "nobody knows how"
+        yield (f"{task.names[0]}: {one.way} of {one.proof.name}, left by a run that was stopped, "
+               + (f"cannot be undone, see to it yourself: {problem}" if problem else "is undone"))
     remove(path)
 
 
@@ -3288,10 +3292,12 @@ def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
 
 
 def http_date(text: str) -> float | None:
-    """The time that a header says (RFC 9110), None where it says none."""
+    """The time that a header says, which is GMT in all three forms of it (RFC 9110); None where it says none."""
+    import calendar
     import email.utils
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
+        found = email.utils.parsedate(text)
+        return calendar.timegm(found) if found else None
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -4020,7 +4026,7 @@ def parse_copy(rest: str) -> Parsed:
 def parse_proof(rest: str) -> Parsed:
     """?: where a server is asked for its certificate, by which name and protocol."""
     place, options = parse_options(rest, "? HOST:PORT", ("sni=", "starttls=", "all"))
-    host, port = (some_addresses(place) or [("", 0)])[0]
+    host, port = an_address(place)
     if not host:
         raise ValueError("? needs HOST:PORT")
     protocol = options.get("starttls", "")
@@ -4942,8 +4948,8 @@ def store(obtained: Obtained, run: RunScope, mark: str, now: float,
     if not found.whole:
         raise FileError(f"{found.fault or entry.key}: the new pair does not fit on the disk")
     with contextlib.suppress(OSError):      # it is live: what follows must not undo that
-        remember(run.directory, found, server=obtained.server, names=names, profile=entry.wanted.profile,
-                 window=(), about="", ask_at=0.0, **SETTLED)
+        found = remember(run.directory, found, server=obtained.server, names=names, profile=entry.wanted.profile,
+                         window=(), about="", ask_at=0.0, **SETTLED)
     return found
 
 
@@ -5426,8 +5432,12 @@ def revoke(settings: Settings, request: Request, world: World) -> Report:
     name, run = request.names[0], settings.run
     with locked(run, world), contextlib.closing(Clients(settings, world)) as clients:
         inventory = take_stock(settings)
-        chain = read(name if os.path.isfile(name) else choose(inventory, [name])[0].chain)
-        der, fingerprint = certificate_der(chain), facts(chain).fingerprint
+        path = name if os.path.isfile(name) else choose(inventory, [name])[0].chain
+        chain = read(path)
+        try:
+            fingerprint, der = facts(chain).fingerprint, certificate_der(chain)
+        except PemError as error:
+            raise PemError(f"{path}: {error}") from error
         found = [one for one in inventory.entries.values() if one.facts and one.facts.fingerprint == fingerprint]
         client = clients.enter(issuing(found[0], settings) if found else settings.default.server[0]).client
         try:
@@ -5959,7 +5969,12 @@ def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Fin
     with listening(entries, answers) as refused:
         for entry in entries:
             plain = entry.wanted._replace(hook=None, nsupdate=None)
-            task = Task(wanted_names(entry), plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
+            try:
+                names = check_names(entry)
+            except PemError as error:
+                yield Finding(PROBLEM, entry.title, str(error))
+                continue
+            task = Task(names, plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
             for check in (about_loads, about_files, about_ports, about_addresses, about_caa, about_reach):
                 yield from check(Case(entry, settings, task, refused, issuers))
 
