@@ -6060,11 +6060,11 @@ def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
 
 def key_asked(given: Mapping[str, str]) -> str:
     """The kind of new keys that a call of uacme's wants; SettingsError."""
-    family = given.get("t", "rsa").lower()
-    bits = int(given.get("b", "2048" if family == "rsa" else "256"))
-    if bits not in (range(2048, 8193, 8) if family == "rsa" else (256, 384)):
+    is_rsa = given.get("t", "rsa").lower() == "rsa"
+    bits = int(given.get("b", "2048" if is_rsa else "256"))
+    if bits not in (range(2048, 8193, 8) if is_rsa else (256, 384)):
         raise SettingsError("--uacme: -b must be 256 or 384 for EC, and for RSA a multiple of 8 from 2048 to 8192")
-    return f"rsa-{bits}" if family == "rsa" else f"ecdsa-p{bits}"
+    return f"rsa-{bits}" if is_rsa else f"ecdsa-p{bits}"
 
 
 def texts_of(given: Mapping[str, str]) -> dict[str, str]:
