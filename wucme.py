@@ -6055,7 +6055,7 @@ def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
             f"-{letter}|--{one.name}" for letter, one in UACME_OPTIONS.items()))
     if {"a", "s"} <= set(given) or {"k", "n"} <= set(given):
         raise SettingsError("--uacme: -a does not go with -s, nor -k with -n")
-    return words, given, [letter for letter, _ in pairs].count("v")
+    return words, given, pairs.count(("v", ""))
 
 
 def key_asked(given: Mapping[str, str]) -> str:
