@@ -6109,10 +6109,10 @@ def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) ->
     return finished
 
 
-def uacme_key(call: Call, path: str, make: bool, directories: Mapping[str, int] = {}) -> PrivateKey:
-    """The key in a file of uacme's; it and its directories (with their modes) are made if they may be."""
+def uacme_key(call: Call, path: str, maker: str, directories: Mapping[str, int] = {}) -> PrivateKey:
+    """The key in a file of uacme's; a call of `maker` makes it and its directories (with their modes), but for -n."""
     missing = [one for one in (*directories, path) if not os.path.exists(one)]
-    if missing and not make:
+    if missing and (call.verb != maker or "n" in call.given):
         raise FileError(f"{missing[0]}: not there (only `new` makes the first one, and nothing does with -n)")
     for directory, mode in directories.items():
         if not os.path.isdir(directory):
@@ -6144,7 +6144,7 @@ def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Ste
 def open_account(call: Call) -> Opened:
     """The account in uacme's directory, not yet looked for at the CA; `new` alone may make its key."""
     word, path = call.settings.default.server[0], os.path.join(call.private, "key.pem")
-    key = uacme_key(call, path, call.verb == "new" and "n" not in call.given, {call.top: 0o755, call.private: 0o700})
+    key = uacme_key(call, path, "new", {call.top: 0o755, call.private: 0o700})
     client, server = call.clients.reach(word), find_server(call.settings, word)[1]
     client.key = key
     return Opened(client, server, Account(path, ""), applicant(server))
@@ -6174,7 +6174,7 @@ def uacme_update(call: Call) -> None:
 def uacme_newkey(call: Call) -> None:
     """Give the account another key."""
     opened, new = found_account(open_account(call)), os.path.join(call.private, "newkey.pem")
-    opened.client.change_key(uacme_key(call, new, "n" not in call.given))
+    opened.client.change_key(uacme_key(call, new, "newkey"))
     for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
         log(step.text)
         step.do()
@@ -6190,7 +6190,7 @@ def uacme_revoke(call: Call) -> None:
     path, *keys = call.words
     chain = read(path)
     serial = facts(chain).serial
-    key = uacme_key(call, keys[0], False) if keys else None
+    key = uacme_key(call, keys[0], "") if keys else None
     client = call.clients.reach(call.settings.default.server[0]) if key else found_account(open_account(call)).client
     log(f"revoking {path}, serial number {serial}")
     client.revoke(certificate_der(chain), int(call.given.get("r", "0")), key)
@@ -6209,7 +6209,7 @@ def uacme_entry(call: Call) -> Entry:
         wanted = wanted._replace(names=parse_value(NOWHERE, "", "names", " ".join(call.words)))
         public, private = (os.path.join(top, word.removeprefix("*.")) for top in (call.top, call.private))
         chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
-        uacme_key(call, key, call.verb == "issue" and "n" not in call.given, {private: 0o700, public: 0o755})
+        uacme_key(call, key, "issue", {private: 0o700, public: 0o755})
     # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
     memory = Memory(names=wanted.names, server=find_server(call.settings, wanted.server[0])[1].url)
     return look(Entry(word, chain, key, memory, memory, wanted, frozenset(["names"])))
