@@ -6028,11 +6028,6 @@ class Call(NamedTuple):
     top: str                    # uacme's directory, "" for a flat one of wucme's own
     clients: Clients
 
-    @property
-    def private(self) -> str:
-        """The directory of the account key, and of those of certificates."""
-        return os.path.join(self.top, "private")
-
 
 def read_call(argv: Sequence[str]) -> tuple[list[str], dict[str, str], int]:
     """The words and options of a command line of uacme's, and how verbose it is; SettingsError."""
@@ -6143,8 +6138,8 @@ def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Ste
 
 def open_account(call: Call) -> Opened:
     """The account in uacme's directory, not yet looked for at the CA; `new` alone may make its key."""
-    word, path = call.settings.default.server[0], os.path.join(call.private, "key.pem")
-    key = uacme_key(call, path, "new", {call.top: 0o755, call.private: 0o700})
+    word, path = call.settings.default.server[0], os.path.join(call.top, "private", "key.pem")
+    key = uacme_key(call, path, "new", {call.top: 0o755, os.path.dirname(path): 0o700})
     client, server = call.clients.reach(word), find_server(call.settings, word)[1]
     client.key = key
     return Opened(client, server, Account(path, ""), applicant(server))
@@ -6173,7 +6168,7 @@ def uacme_update(call: Call) -> None:
 
 def uacme_newkey(call: Call) -> None:
     """Give the account another key."""
-    opened, new = found_account(open_account(call)), os.path.join(call.private, "newkey.pem")
+    opened, new = found_account(open_account(call)), os.path.join(call.top, "private", "newkey.pem")
     opened.client.change_key(uacme_key(call, new, "newkey"))
     for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
         log(step.text)
@@ -6207,7 +6202,8 @@ def uacme_entry(call: Call) -> Entry:
         chain, key = f"{os.path.splitext(wanted.csr)[0]}-cert.pem", wanted.csr
     else:
         wanted = wanted._replace(names=parse_value(NOWHERE, "", "names", " ".join(call.words)))
-        public, private = (os.path.join(top, word.removeprefix("*.")) for top in (call.top, call.private))
+        name = word.removeprefix("*.")
+        public, private = os.path.join(call.top, name), os.path.join(call.top, "private", name)
         chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
         uacme_key(call, key, "issue", {private: 0o700, public: 0o755})
     # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
