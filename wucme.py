@@ -6192,7 +6192,7 @@ def uacme_revoke(call: Call) -> None:
     rename(path, os.path.join(os.path.dirname(path), f"revoked-{int(call.clients.world.now())}.pem"))
 
 
-def uacme_entry(call: Call) -> Entry:
+def uacme_entry(call: Call, server: str) -> Entry:
     """The certificate that a call is about, in uacme's places; its key and directories are made if they may be."""
     word, wanted = call.words[0], call.settings.default
     if os.path.isfile(word):
@@ -6207,7 +6207,7 @@ def uacme_entry(call: Call) -> Entry:
         chain, key = os.path.join(public, "cert.pem"), os.path.join(private, "key.pem")
         uacme_key(call, key, "issue", {private: 0o700, public: 0o755})
     # A name more than was asked for is no reason to renew; and who issued is not known, but taken to be this CA.
-    memory = Memory(names=wanted.names, server=find_server(call.settings, wanted.server[0])[1].url)
+    memory = Memory(names=wanted.names, server=server)
     return look(Entry(word, chain, key, memory, memory, wanted, frozenset(["names"])))
 
 
@@ -6300,7 +6300,8 @@ def uacme_obtain(call: Call, entry: Entry, opened: Opened) -> None:
 
 def uacme_issue(call: Call) -> int:
     """Issue a certificate if that is due, else 1; for check: 0 if it is due, else 1."""
-    opened, entry, now = open_account(call), uacme_entry(call), call.clients.world.now()
+    opened = open_account(call)
+    entry, now = uacme_entry(call, opened.client.url), call.clients.world.now()
     log(f"checking existence and expiration of {entry.chain}")
     entry = entry if "i" in call.given else uacme_advised(entry, opened.client, call.settings.run, now)
     decision = decide(entry, now, forced="f" in call.given)
