@@ -6160,10 +6160,11 @@ def uacme_new(call: Call) -> None:
     sign_up(opened.client, opened.server, opened.who, call.clients.world)
 
 
-def uacme_update(call: Call) -> None:
-    """Replace the contact of the account."""
+def uacme_change(call: Call) -> None:
+    """Replace the contact of the account, or close it for good."""
     opened = found_account(open_account(call))
-    opened.client.account_object({"contact": [f"mailto:{address}" for address in opened.who.contact]})
+    contact = [f"mailto:{address}" for address in opened.who.contact]
+    opened.client.account_object({"contact": contact} if call.verb == "update" else {"status": "deactivated"})
 
 
 def uacme_newkey(call: Call) -> None:
@@ -6173,11 +6174,6 @@ def uacme_newkey(call: Call) -> None:
     for step in supersede(opened.account.key, new, str(int(call.clients.world.now()))):
         log(step.text)
         step.do()
-
-
-def uacme_deactivate(call: Call) -> None:
-    """Close the account for good."""
-    found_account(open_account(call)).client.account_object({"status": "deactivated"})
 
 
 def uacme_revoke(call: Call) -> None:
@@ -6315,7 +6311,7 @@ def uacme_issue(call: Call) -> int:
 
 
 UACME_VERBS: dict[str, tuple[Callable[[Call], int | None], int, int]] = {       # with how many arguments each takes
-    "new": (uacme_new, 0, 1), "update": (uacme_update, 0, 1), "deactivate": (uacme_deactivate, 0, 0),
+    "new": (uacme_new, 0, 1), "update": (uacme_change, 0, 1), "deactivate": (uacme_change, 0, 0),
     "newkey": (uacme_newkey, 0, 0), "issue": (uacme_issue, 1, 100), "check": (uacme_issue, 1, 100),
     "revoke": (uacme_revoke, 1, 2)}
 
