@@ -6286,8 +6286,8 @@ def uacme_obtain(call: Call, entry: Entry, opened: Opened) -> None:
     try:
         order = start_order(opened, entry, task.names)
         prove_in_turn(client, order, task)
-        memory = entry.memory._replace(order=order.url, order_server=client.url)
-        obtained = obtain(entry._replace(memory=memory), opened, task, run)
+        entry = remember(run.directory, entry, order=order.url, order_server=client.url)
+        obtained = obtain(entry, opened, task, run)
         store(obtained, run, str(int(world.now())), world.now(), uacme_switch)
     finally:
         for path in entry.files:
