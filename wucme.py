@@ -6229,13 +6229,12 @@ class Unwritten(Journal):
         """Write nothing."""
 
 
-def by_asking(task: Task, proofs: Sequence[Proof], _: Journal) -> None:
+def by_asking(task: Task, one: Proof) -> None:
     """Have whoever sits at the terminal answer."""
-    for one in proofs:
-        value = hook_fields(task, one, DIALECTS["uacme"])["value"]
-        log.show(f"challenge={one.kind} ident={one.name} token={one.token} key_auth={value}\n")
-        if not task.world.ask("Is it answered, and to be taken up?"):
-            raise ChallengeError(f"{one.name}: nobody answers {one.kind} (without -h a terminal is asked)", one.kind)
+    value = hook_fields(task, one, DIALECTS["uacme"])["value"]
+    log.show(f"challenge={one.kind} ident={one.name} token={one.token} key_auth={value}\n")
+    if not task.world.ask("Is it answered, and to be taken up?"):
+        raise ChallengeError(f"{one.name}: nobody answers {one.kind} (without -h a terminal is asked)", one.kind)
 
 
 def prove_name(client: Client, order: Order, found: Authorization, kind: str, task: Task) -> None:
@@ -6244,7 +6243,10 @@ def prove_name(client: Client, order: Order, found: Authorization, kind: str, ta
     proof = proof._replace(token=proof.token or proof.text.partition(";")[0])
     journal, verdict = Unwritten(task), "failed"
     try:
-        (by_hook if task.wanted.hook else by_asking)(task, [proof], journal)
+        if task.wanted.hook:
+            by_hook(task, [proof], journal)
+        else:
+            by_asking(task, proof)
         log(f"{found.name}: starting challenge at {challenge.url} ({kind})")
         client.answer(challenge)
         pause = POLL_SECONDS[0]
