@@ -6130,9 +6130,9 @@ def supersede(path: str, new: str, stamp: str) -> list[Step]:
 
 def uacme_switch(entry: Entry, chain: bytes, key: bytes, stamp: str) -> list[Step]:
     """The steps that make a checked chain live in uacme's way, and a new key with it."""
-    waiting, whole = f"{entry.chain}_tmp", b"".join(certificates(chain))
+    waiting = f"{entry.chain}_tmp"
     same = entry.wanted.csr or key_of(read(entry.key)) == key_of(key)
-    return [Step(f"saving to {waiting}", create, (waiting, whole, owner(entry.chain, 0o444))),
+    return [Step(f"saving to {waiting}", create, (waiting, b"".join(certificates(chain)), owner(entry.chain, 0o444))),
             *supersede(entry.chain, waiting, stamp), *([] if same else supersede(entry.key, f"{entry.key}_tmp", stamp))]
 
 
