@@ -6352,7 +6352,7 @@ def uacme(argv: Sequence[str], world: World) -> int:
             if fault := anyone_may_write(path):
                 raise SettingsError(fault)
         with contextlib.closing(call.clients):
-            status = (UACME_VERBS[call.verb][0](call) or 0) if call.top else in_flat(call)
+            status = (UACME_VERBS[call.verb][0] if call.top else in_flat)(call) or 0
     except (WucmeError, OSError) as error:
         log(f"failed: {sentence(error)}", wrong=True)
         status = 2
