@@ -6348,9 +6348,9 @@ def uacme(argv: Sequence[str], world: World) -> int:
     log.clock = world.now
     try:
         call = understand_call(argv, world._replace(command=functools.partial(overheard, world.command)))
-        for path in (os.path.abspath(__file__), call.top or call.settings.run.directory):
-            if fault := anyone_may_write(path):
-                raise SettingsError(fault)
+        directory = call.top or call.settings.run.directory
+        if fault := anyone_may_write(os.path.abspath(__file__)) or anyone_may_write(directory):
+            raise SettingsError(fault)
         with contextlib.closing(call.clients):
             status = (UACME_VERBS[call.verb][0] if call.top else in_flat)(call) or 0
     except (WucmeError, OSError) as error:
