@@ -6105,7 +6105,7 @@ def overheard(command: Callable[..., Finished], *arguments: Any, **more: Any) ->
 
 
 def uacme_key(call: Call, path: str, maker: str, directories: Mapping[str, int] = {}) -> PrivateKey:
-    """The key in a file of uacme's; a call of `maker` makes it and its directories (with their modes), but for -n."""
+    """The key in a file of uacme's; the command `maker` makes it and its directories (with their modes), unless -n."""
     missing = [one for one in (*directories, path) if not os.path.exists(one)]
     if missing and (call.verb != maker or "n" in call.given):
         raise FileError(f"{missing[0]}: not there (only `new` makes the first one, and nothing does with -n)")
