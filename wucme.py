@@ -6088,7 +6088,7 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
     if "c" not in given and not os.path.isdir(UACME_DIRECTORY):
         source = read_source(find_ini(os.environ.get("WUCME_INI", "")))
         for flat in (os.getcwd(), read_settings(source, texts).run.directory):
-            if "account" in list_names(flat).keys:
+            if "account" in list_names(flat)[2]:
                 settings = read_settings(source, {**texts, "directory": flat})
                 return Call(verb, words, given, settings, "", Clients(settings, world))
     settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
