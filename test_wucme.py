@@ -3009,7 +3009,8 @@ class TestAcme:
         ("", 0), ("0", 0), ("120", 120), (" 7 ", 7), ("-5", 0), ("1.5", 0), ("soon", 0), ("²", 0), ("9" * 30, 7 * DAY),
         (email.utils.formatdate(NOW + 90, usegmt=True), 90), (email.utils.formatdate(NOW - 90, usegmt=True), 0),
         ("Fri, 31 Dec 9999 23:59:59 GMT", 7 * DAY), ("Fri, 31 Dec 99999 23:59:59 GMT", 0),
-        ("Fri, 99 Foo 2026 25:61:61 GMT", 0), (time.asctime(time.gmtime(NOW + 90)), 90),
+        ("Fri, 99 Foo 2026 25:61:61 GMT", 0), ("Fri, 99 Jan 2027 00:00:00 GMT", 0),
+        (f"Fri, 01 Jan 2027 {'9' * 400}:00:00 GMT", 0), ("Sat, 31 Feb 2026 00:00:00 GMT", 0), (time.asctime(time.gmtime(NOW + 90)), 90),
         (time.strftime("%A, %d-%b-%y %H:%M:%S GMT", time.gmtime(NOW + 90)), 90),
     ])
     def test_how_long_to_wait(self, value: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3464,7 +3465,7 @@ class TestItems:
         ("> /a what=p12 password_file=b", "needs a whole path"), ("> /a owner=a:b:c", "USER, USER:GROUP"),
         ("> /a mod=0644", "'mod=0644' must be one of what= mode= owner= password_file="),
         ("> /a mode=", "once and with its value"), ("> /a mode=600 mode=600", "once and with its value"),
-        ("? a", "must be :PORT, ADDRESS:PORT"), ("? 'a:1 b:2'", "must be :PORT"), ("? :443", "needs HOST:PORT"),
+        ("? a", "must be :PORT, ADDRESS:PORT"), ("? 'a:1 b:2'", "needs HOST:PORT"), ("? :443", "needs HOST:PORT"),
         ("? a:0", "must be"),
         ("?", "must be ? HOST:PORT"), ("? a:1 all=yes", "once and with"), ("? a:1 sni", "must be one of"),
         ("? a:1 sni={names}", "only {name} is replaced"),
@@ -4160,13 +4161,15 @@ class TestDiagnosis:
             next(wucme.diagnose(settings, wucme.Request("check"), wucme.REAL))
 
     def test_a_name_that_no_ca_takes_is_a_problem(self, tmp_path: Path) -> None:
-        settings = set_up(tmp_path, "[wucme]\nserver = https://localhost:9/\nproxy = none\n")
+        settings = set_up(tmp_path, "[wucme]\nserver = https://localhost:9/\nproxy = none\nload = @/nope\n"
+                                    "listen = none\nchallenge = dns-01\nhook = uacme:/bin/true\n")
         directory = Path(settings.run.directory)
         now = datetime.now(timezone.utc)
         fakeca.make_pair(directory, "odd", ["1.2.3"], now - timedelta(1), now + timedelta(80))
         lines = told(wucme.diagnose(settings, wucme.Request("check"), wucme.REAL))
-        assert lines[-1] == (f"problem 1.2.3: {directory}/wucme_c_odd.pem: '1.2.3' is neither a host name nor an IP "
-                             "address; declare it, with names = ...")
+        assert (f"problem 1.2.3: {directory}/wucme_c_odd.pem: '1.2.3' is neither a host name nor an IP address; "
+                "declare it, with names = ...") in lines
+        assert "problem 1.2.3: load: @/nope: /nope is not there, or cannot be executed" in lines
 
     @pytest.mark.parametrize(("level", "text", "late"), [
         ("ok", "answers, and its clock agrees", 0),

@@ -3293,11 +3293,11 @@ def signed(key: PrivateKey, header: Json, payload: Json | None) -> bytes:
 
 def http_date(text: str) -> float | None:
     """The time that a header says, which is GMT in all three forms of it (RFC 9110); None where it says none."""
-    import calendar
+    import datetime
     import email.utils
     try:
         found = email.utils.parsedate(text)
-        return calendar.timegm(found) if found else None
+        return datetime.datetime(*found[:6], tzinfo=datetime.timezone.utc).timestamp() if found else None
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -4026,13 +4026,13 @@ def parse_copy(rest: str) -> Parsed:
 def parse_proof(rest: str) -> Parsed:
     """?: where a server is asked for its certificate, by which name and protocol."""
     place, options = parse_options(rest, "? HOST:PORT", ("sni=", "starttls=", "all"))
-    host, port = an_address(place)
-    if not host:
+    found = some_addresses(place) or ()
+    if len(found) != 1 or not found[0][0]:
         raise ValueError("? needs HOST:PORT")
     protocol = options.get("starttls", "")
     if protocol not in STARTTLS:
         raise ValueError(f"starttls={protocol}: must be one of {', '.join(filter(None, STARTTLS))}")
-    return (host, str(port)), options
+    return (found[0][0], str(found[0][1])), options
 
 
 class Loaded(NamedTuple):
@@ -5969,11 +5969,11 @@ def diagnose(settings: Settings, request: Request, world: World) -> Iterator[Fin
     with listening(entries, answers) as refused:
         for entry in entries:
             plain = entry.wanted._replace(hook=None, nsupdate=None)
+            names: Sequence[str] = ()
             try:
                 names = check_names(entry)
             except PemError as error:
                 yield Finding(PROBLEM, entry.title, str(error))
-                continue
             task = Task(names, plain, (), 0.0, answers, world, threading.Event(), f"check-{os.getpid()}")
             for check in (about_loads, about_files, about_ports, about_addresses, about_caa, about_reach):
                 yield from check(Case(entry, settings, task, refused, issuers))
