@@ -3010,7 +3010,8 @@ class TestAcme:
         (email.utils.formatdate(NOW + 90, usegmt=True), 90), (email.utils.formatdate(NOW - 90, usegmt=True), 0),
         ("Fri, 31 Dec 9999 23:59:59 GMT", 7 * DAY), ("Fri, 31 Dec 99999 23:59:59 GMT", 0),
         ("Fri, 99 Foo 2026 25:61:61 GMT", 0), ("Fri, 99 Jan 2027 00:00:00 GMT", 0),
-        (f"Fri, 01 Jan 2027 {'9' * 400}:00:00 GMT", 0), ("Sat, 31 Feb 2026 00:00:00 GMT", 0), (time.asctime(time.gmtime(NOW + 90)), 90),
+        (f"Fri, 01 Jan 2027 {'9' * 400}:00:00 GMT", 0), ("Sat, 31 Feb 2026 00:00:00 GMT", 0),
+        (time.asctime(time.gmtime(NOW + 90)), 90),
         (time.strftime("%A, %d-%b-%y %H:%M:%S GMT", time.gmtime(NOW + 90)), 90),
     ])
     def test_how_long_to_wait(self, value: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -7401,6 +7402,14 @@ class TestCommandLine:
         assert done.status == 2
         assert said in done.err
         assert len(done.err.splitlines()) == 1
+
+    def test_options_stand_before_or_behind_words_whatever_the_environment_says(
+            self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("POSIXLY_CORRECT", "1")
+        words, given = wucme.read_arguments(
+            ["--load", "$ a", "renew", "--load=+nginx", "x", "--no-agree", "--", "--force", "--", "y"])
+        assert words == ["renew", "x", "--force", "--", "y"]
+        assert given == {"load": "$ a\n+nginx", "agree": "no"}
 
     @pytest.mark.parametrize("arguments", [("--dry-run",), ("status",), ("status", "--json"), ("load", "--dry-run"),
                                            ("issue", "b.example.test", "--dry-run"), ("renew", "--force", "--dry-run")])

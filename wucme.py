@@ -321,7 +321,7 @@ class Log:
         """Print what was held back."""
         last = set(self.held)
         earlier = [line for line in self.wrong if line not in last]
-        if left_out := self.count - len(self.held) - len(earlier):
+        if (left_out := self.count - len(self.held) - len(earlier)) > 0:
             earlier.append(f"... {left_out} more lines before these, in the log ...\n")
         for line in [*earlier, *self.held]:
             self.show(line)
@@ -2467,7 +2467,7 @@ def decide(entry: Entry, now: float, named: bool = False, forced: bool = False) 
 def too_rare(entries: Iterable[Entry], runs: Sequence[float]) -> Iterator[str]:
     """What to say of each certificate that could expire between two runs, so rarely do they come."""
     gap = min((late - early for early, late in zip(runs, runs[1:])), default=0.0)
-    for entry in entries:
+    for entry in entries if gap > 0 else ():
         room = entry.facts.not_after - due_at(entry) if entry.facts else 0.0
         if 0 < room < 2 * gap:
             yield (f"{entry.title}: runs come every {gap / 3600:.1f} hours, but from the time to renew it to "
@@ -2679,8 +2679,8 @@ def listener_class(kind: str) -> Any:  # noqa: C901 - four small classes, not on
                 for guest, until in list(self.guests.items()):
                     if until < time.monotonic() or len(self.guests) > OPEN_CONNECTIONS:
                         del self.guests[guest]
-                        with contextlib.suppress(OSError):
-                            guest.shutdown(2)
+                        with contextlib.suppress(OSError):      # by the plain way: its thread may be in the handshake
+                            socket.socket.shutdown(guest, socket.SHUT_RDWR)
 
         def shutdown_request(self, request: Any) -> None:
             with self.guard:
@@ -2848,7 +2848,8 @@ class Journal:
     def __init__(self, task: Task) -> None:
         self.path = os.path.join(task.answers.directory, f".{task.label}")
         self.names = task.names
-        self.rows = noted(self.path)        # by a try before this one, which could not undo it
+        # A try before this one may have left what it could not undo.
+        self.rows = [row for row in noted(self.path) if row.way in LASTING]
         self.written = bool(self.rows)
 
     def save(self) -> None:
@@ -6397,14 +6398,20 @@ def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The words of a command line, and what its options say, by flag or setting as an ini has it; SettingsError."""
     import getopt
     known = known_options()     # argparse would take longer for these than an idle run does for its work
-    for word in argv[:argv.index("--")] if "--" in argv else argv:
+    forms = [f"{name}{'' if said else '='}" for name, (_, said) in known.items()]
+    end = argv.index("--") if "--" in argv else len(argv)
+    for word in argv[:end]:
         option = word.partition("=")[0]
         if option[:2] == "--" and option[2:] not in known:      # getopt would take a part of one for it
             near = nearest(option, [f"--{name}" for name in known])
             raise SettingsError(f"{printable(option)}: no such option{near} (see --help)")
+    pairs, words, rest = [], [], list(argv[:end])
     try:
-        pairs, words = getopt.gnu_getopt(list(argv), "", [f"{name}{'' if said else '='}"
-                                                          for name, (_, said) in known.items()])
+        while rest:             # gnu_getopt would heed POSIXLY_CORRECT, and take options behind a word for words
+            found, rest = getopt.getopt(rest, "", forms)
+            pairs += found
+            words += rest[:1]
+            rest = rest[1:]
     except getopt.GetoptError as error:
         raise SettingsError(f"{printable(str(error))} (see --help)") from error
     given: dict[str, str] = {}
@@ -6414,7 +6421,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             raise SettingsError(f"{option} needs a value, and {value} is an option (see --help)")
         several = key in given and key in SETTINGS and SETTINGS[key].kind is some_lines
         given[key] = f"{given[key]}\n{value}" if several else said or value
-    return words, given
+    return [*words, *argv[end + 1:]], given
 
 
 def staging(settings: Settings) -> Settings:
