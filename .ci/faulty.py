@@ -32,8 +32,8 @@ GROWING = frozenset({"create", "write", "replace", "link", "symlink", "mkdir", "
 READING = frozenset({"open", "read", "close"})
 PIPES = ("drain", "command", "start")       # functions of the script whose descriptors are no files
 LIBRARIES = ("base64", "calendar", "configparser", "datetime", "difflib", "email.utils", "getopt", "graphlib",
-             "hashlib", "hmac", "http.client", "http.server", "ipaddress", "queue", "random", "shlex", "socketserver", "ssl",
-             "subprocess", "textwrap", "threading", "urllib.request", "cryptography.x509",
+             "hashlib", "hmac", "http.client", "http.server", "ipaddress", "queue", "random", "shlex", "socketserver",
+             "ssl", "subprocess", "textwrap", "threading", "urllib.request", "cryptography.x509",
              "cryptography.hazmat.primitives.serialization", "cryptography.hazmat.primitives.asymmetric.rsa",
              "cryptography.hazmat.primitives.asymmetric.padding", "cryptography.hazmat.primitives.asymmetric.ec")
 SECONDS = 60            # no run lasts longer, or it counts as hung
