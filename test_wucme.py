@@ -8771,6 +8771,19 @@ class TestUacmeOptions:
         with pytest.raises(wucme.SettingsError):
             wucme.read_call(["issue", *words.split(), "a.b"])
 
+    @pytest.mark.parametrize(("words", "kind"), [
+        ("", "ecdsa-p384"), ("-t EC", "ecdsa-p256"), ("-b 3072", "rsa-3072"), ("-t RSA", "rsa-2048")])
+    def test_kind_of_new_keys_in_a_directory_of_wucme(self, words: str, kind: str, tmp_path: Path, log: wucme.Log,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "WUCME_K_ACCOUNT.PEM").touch()
+        (tmp_path / "wucme.ini").write_text("[wucme]\nkey = ecdsa-p384\n")
+        monkeypatch.setenv("WUCME_INI", str(tmp_path / "wucme.ini"))
+        monkeypatch.setattr(wucme, "UACME_DIRECTORY", str(tmp_path / "none"))
+        monkeypatch.chdir(tmp_path)
+        call = wucme.understand_call([*words.split(), "issue", "a.example"], wucme.REAL)
+        assert (call.top, call.settings.run.directory) == ("", str(tmp_path))
+        assert call.settings.default.key == kind
+
     @pytest.mark.parametrize(("given", "kind"), [({}, "rsa-2048"), ({"t": "EC"}, "ecdsa-p256"),
                                                  ({"b": "8192"}, "rsa-8192"), ({"t": "ec", "b": "384"}, "ecdsa-p384")])
     def test_kinds_of_keys(self, given: dict[str, str], kind: str) -> None:

@@ -6090,7 +6090,8 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
         source = read_source(find_ini(os.environ.get("WUCME_INI", "")))
         for flat in (os.getcwd(), read_settings(source, texts).run.directory):
             if "account" in list_names(flat)[2]:
-                settings = read_settings(source, {**texts, "directory": flat})
+                asked = {"key": kind} if {"t", "b"} & set(given) else {}        # else what the ini says
+                settings = read_settings(source, {**texts, **asked, "directory": flat})
                 return Call(verb, words, given, settings, "", Clients(settings, world))
     settings = read_settings(NOWHERE, {"renew": "30d", "deadline": "40m", "load_timeout": "40m", **texts})
     settings = settings._replace(default=settings.default._replace(key=kind), run=settings.run._replace(directory=""))
