@@ -6395,10 +6395,12 @@ def known_options() -> dict[str, tuple[str, str]]:
     return found
 
 
-def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The words of a command line, and what its options say, by flag or setting as an ini has it; SettingsError."""
+def take_apart(argv: Sequence[str], known: Mapping[str, tuple[str, str]]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The options of a command line with their values, and its words; SettingsError for what is no option.
+
+    For so many options argparse would take longer than an idle run does for all its work.
+    """
     import getopt
-    known = known_options()     # argparse would take longer for these than an idle run does for its work
     forms = [f"{name}{'' if said else '='}" for name, (_, said) in known.items()]
     end = argv.index("--") if "--" in argv else len(argv)
     for word in argv[:end]:
@@ -6415,6 +6417,13 @@ def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             rest = rest[1:]
     except getopt.GetoptError as error:
         raise SettingsError(f"{printable(str(error))} (see --help)") from error
+    return pairs, [*words, *argv[end + 1:]]
+
+
+def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line, and what its options say, by flag or setting as an ini has it; SettingsError."""
+    known = known_options()
+    pairs, words = take_apart(argv, known)
     given: dict[str, str] = {}
     for option, value in pairs:
         key, said = known[option[2:]]
@@ -6422,7 +6431,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             raise SettingsError(f"{option} needs a value, and {value} is an option (see --help)")
         several = key in given and key in SETTINGS and SETTINGS[key].kind is some_lines
         given[key] = f"{given[key]}\n{value}" if several else said or value
-    return [*words, *argv[end + 1:]], given
+    return words, given
 
 
 def staging(settings: Settings) -> Settings:
@@ -6474,9 +6483,8 @@ def need_cryptography() -> None:
                             "dnf install python3-cryptography, pip install cryptography, or uv run wucme.py")
 
 
-def understand(words: Sequence[str], given: Mapping[str, str]) -> tuple[Settings, Request]:
-    """What the command line and the ini ask for; SettingsError where they ask for what cannot be."""
-    verb, *names = words or ["run"]
+def check_words(verb: str, names: Sequence[str], given: Mapping[str, str]) -> None:
+    """Refuse (SettingsError) verbs that there are not, and names and options that do not go with this one."""
     if verb not in VERBS:
         raise SettingsError(f"{printable(verb)}: no such command{nearest(verb, VERBS)} (there are {', '.join(VERBS)})")
     if names and verb in ("run", "status", "thumbprint"):
@@ -6484,6 +6492,12 @@ def understand(words: Sequence[str], given: Mapping[str, str]) -> tuple[Settings
     for option, verbs in ONLY_WITH.items():
         if option in given and verb not in verbs:
             raise SettingsError(f"--{option.replace('_', '-')} goes with {' and '.join(verbs)}, not with {verb}")
+
+
+def understand(words: Sequence[str], given: Mapping[str, str]) -> tuple[Settings, Request]:
+    """What the command line and the ini ask for; SettingsError where they ask for what cannot be."""
+    verb, *names = words or ["run"]
+    check_words(verb, names, given)
     # Trying out is for one CA and loads nothing, whatever other options say.
     options = {key: text for key, text in given.items()
                if key in SETTINGS and not ("staging" in given and key in ("server", "load"))}
