@@ -283,7 +283,7 @@ class TestLog:
             log(f"line {number}", wrong=number in (2, wucme.HELD_LINES))
         log.flush()
         said = [line.rpartition(": ")[2] for line in capsys.readouterr().err.splitlines()]
-        assert said[:3] == ["line 2", "... 9 more lines before these, in the log ...", "line 10"]
+        assert said[:3] == ["line 2", "... 9 lines before these are left out here ...", "line 10"]
         assert len(said) == wucme.HELD_LINES + 2
         log("after")
         log.flush()
@@ -1248,10 +1248,10 @@ class TestFiles:
 
     def test_what_is_planted_is_public_and_leaves_what_is_there(self, tmp_path: Path) -> None:
         (tmp_path / "a").mkdir(0o700)
-        path = wucme.plant(str(tmp_path), ["a", "b"], "token", b"one")
-        path = wucme.plant(str(tmp_path), ["a", "b"], "token", b"two")
-        assert path == str(tmp_path / "a" / "b" / "token")
-        assert (Path(path).read_bytes(), mode(Path(path))) == (b"two", 0o644)
+        path = tmp_path / "a" / "b" / "token"
+        for text in (b"one", b"two"):
+            wucme.plant(str(tmp_path), ["a", "b"], "token", text)
+            assert (path.read_bytes(), mode(path)) == (text, 0o644)
         assert (mode(tmp_path / "a"), mode(tmp_path / "a" / "b")) == (0o700, 0o755)
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be someone else")
@@ -1270,7 +1270,8 @@ class TestFiles:
         assert (other / "token").exists() is followed
         (root / "b").mkdir()
         (root / "b" / "token").symlink_to(other / "victim")
-        planted = Path(wucme.plant(str(root), ["b"], "token", b"y"))
+        wucme.plant(str(root), ["b"], "token", b"y")
+        planted = root / "b" / "token"
         assert (planted.is_symlink(), planted.stat().st_uid, (other / "victim").exists()) == (False, owner, False)
 
     def test_who_may_not_give_files_away_keeps_what_is_planted(self, tmp_path: Path,
@@ -1279,7 +1280,8 @@ class TestFiles:
             raise PermissionError(1, "Operation not permitted")
 
         monkeypatch.setattr(os, "fchown", refuse)
-        assert Path(wucme.plant(str(tmp_path), ["a"], "token", b"one")).read_bytes() == b"one"
+        wucme.plant(str(tmp_path), ["a"], "token", b"one")
+        assert (tmp_path / "a" / "token").read_bytes() == b"one"
 
     @pytest.mark.parametrize(("fault", "told"), [("file", True), ("loop", True), ("long", False)])
     def test_a_link_is_blamed_only_where_it_may_be_one(self, tmp_path: Path, fault: str, told: bool) -> None:
@@ -4353,13 +4355,16 @@ class TestShape:
         now, key = time.time(), new_key()
         put(tmp_path, "x", INTERMEDIATE.issue(key, "a.example", now=now), key)
         wucme.remember(str(tmp_path), look(tmp_path), ask_at=time.time() + DAY)
-        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}\n")
+        (tmp_path / "w.ini").write_text(f"[wucme]\ndirectory = {tmp_path}\nserver = https://ca.test:14000/dir\n")
         code = ("import sys, wucme; status = wucme.main(sys.argv[1:]); heavy = ('cryptography', 'ssl', 'http', "
-                "'urllib.request', 'logging', 'dataclasses', 'subprocess', 'asyncio', 'socket'); "
+                "'urllib', 'logging', 'dataclasses', 'subprocess', 'asyncio', 'socket', 'argparse', 'threading', "
+                # Python 3.9's own importlib.util has typing.
+                "*['typing'][sys.version_info < (3, 10):]); "
                 "print(status, [name for name in heavy if name in sys.modules])")
         done = subprocess.run(
-            [sys.executable, "-c", code, "--ini", tmp_path / "w.ini"], capture_output=True, text=True, check=True,
-            cwd="/", env={**ENVIRONMENT, "PYTHONPATH": str(BUILT), "PYTHONDONTWRITEBYTECODE": "1"})
+            [sys.executable, "-c", code, "--ini", tmp_path / "w.ini", "run", "--backups=2"], capture_output=True,
+            text=True, check=True, cwd="/",
+            env={**ENVIRONMENT, "PYTHONPATH": str(BUILT), "PYTHONDONTWRITEBYTECODE": "1"})
         assert (done.stdout, done.stderr) == ("0 []\n", "")
         assert "1 certs, 0 renewed, 0 failed" in (tmp_path / "wucme.log").read_text()
 
@@ -5200,6 +5205,14 @@ class TestWhenToRenew:
                    for line in done.lines), done.err
         lab.run("renew", "a.example.test")
         assert len(json.loads(lock.read_text())["runs"]) == 3
+        # The run that renews judges by what it got, and not by the window that was for the old one.
+        state = lab.directory / "wucme_s_a.example.test.json"
+        state.write_text(json.dumps({**json.loads(state.read_text()), "window": [now - 9, now - 7, now - 8],
+                                     "ask_at": now + 3600}))
+        lock.write_text(json.dumps({"runs": [now - 40 * DAY, now - 20 * DAY]}))
+        done = lab.run()
+        assert "1 renewed" in done.err
+        assert "a.example.test: runs come every" in done.err
         assert lab.run() == Done(0, "", "")
 
     def test_next_ca_when_one_cannot_be_reached(self, fake: fakeca.FakeCA, lab: Host, tmp_path: Path) -> None:

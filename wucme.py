@@ -322,7 +322,8 @@ class Log:
         last = set(self.held)
         earlier = [line for line in self.wrong if line not in last]
         if (left_out := self.count - len(self.held) - len(earlier)) > 0:
-            earlier.append(f"... {left_out} more lines before these, in the log ...\n")
+            where = ": see the log" if self.descriptor >= 0 else ""
+            earlier.append(f"... {left_out} lines before these are left out here{where} ...\n")
         for line in [*earlier, *self.held]:
             self.show(line)
         self.held.clear()
@@ -357,10 +358,10 @@ def time_left(until: float) -> float:
     return left
 
 
-def outcome(act: Callable[[], Any]) -> Any:
+def outcome(call: Callable[[], Any]) -> Any:
     """What a call ends in: its result, or its error."""
     try:
-        return act()
+        return call()
     except BaseException as error:
         return error
 
@@ -373,13 +374,13 @@ def result_of(ended: Any) -> Any:
 
 
 @contextlib.contextmanager
-def beside(act: Callable[[], T]) -> Iterator[Callable[[], T]]:
-    """Have something done beside what is done meanwhile, and wait for its end; what it comes to, or raises, is a call.
+def beside(call: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """Make a call beside what is done meanwhile, and wait for its end; gives what has its result, or raises its error.
 
     On a signal there is no time to wait for it.
     """
     ended: list[Any] = []
-    thread = threading.Thread(target=lambda: ended.append(outcome(act)), daemon=True)
+    thread = threading.Thread(target=lambda: ended.append(outcome(call)), daemon=True)
     thread.start()
     try:
         yield lambda: result_of(ended[0])
@@ -1139,8 +1140,8 @@ def read_json(path: str) -> Json:
     return found if isinstance(found, dict) else {}
 
 
-def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
-    """Put a new public file into a directory that may be somebody else's, below some steps; its path.
+def plant(base: str, below: Sequence[str], name: str, data: bytes) -> None:
+    """Put a new public file into a directory that may be somebody else's, below some steps.
 
     It goes from descriptor to descriptor, so that nobody who may write there can lead it elsewhere: a link is followed
     only where none but root and we could have made it. It lives for a moment only, and is not flushed to the disk.
@@ -1150,7 +1151,6 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
         with contextlib.suppress(PermissionError):      # not root: ours then
             os.fchown(descriptor, whose.st_uid, whose.st_gid)
 
-    path = os.path.join(base, *below, name)
     flags = os.O_RDONLY | os.O_DIRECTORY
     at = os.open(base, flags)
     try:
@@ -1172,10 +1172,10 @@ def plant(base: str, below: Sequence[str], name: str, data: bytes) -> str:
             give(new, 0o644)
     except OSError as error:
         link = " (a link that another user could have made is not followed)"
-        raise FileError(f"{path}: {error.strerror}" + link * (error.errno in (errno.ELOOP, errno.ENOTDIR))) from error
+        raise FileError(f"{os.path.join(base, *below, name)}: {error.strerror}"
+                        + link * (error.errno in (errno.ELOOP, errno.ENOTDIR))) from error
     finally:
         os.close(at)
-    return path
 
 
 def make_directory(path: str) -> None:
@@ -1697,7 +1697,7 @@ def a_url(text: str) -> str:
     """An https URL, or none."""
     at = re.fullmatch(HTTPS_URL, text)      # to load urllib.parse takes longer than to read all settings
     if text and not (at and 0 < int(at[1] or 443) < 65536):
-        raise ValueError("must be an https:// URL")
+        raise ValueError("must be an https:// URL, https://HOST[:PORT][/PATH]")
     return text
 
 
@@ -2828,6 +2828,9 @@ class Task(NamedTuple):
     label: str = ""             # NAME of the certificate
 
 
+LASTING = ("webroot", "nsupdate", "hook")       # the ways by which what is published outlives this process
+
+
 class Published(NamedTuple):
     """What answers for a name, and is to be undone: by which way it came there, and where it is."""
     way: str
@@ -3118,7 +3121,6 @@ UNDO: dict[str, Callable[[Task, Published, str], object]] = {
     "webroot": lambda _, row, __: remove(row.place),
     "listen_tls": lambda task, row, _: task.answers.contexts.pop(row.place, None),
     "nsupdate": undo_update, "hook": undo_hook}
-LASTING = ("webroot", "nsupdate", "hook")
 
 
 def undone(task: Task, row: Published, verdict: str) -> str:
@@ -4834,7 +4836,8 @@ def preference(entry: Entry, settings: Settings) -> list[str]:
 
 def once(make: Callable[[str], T]) -> Callable[[str], T]:
     """Make something for each word when it is first asked for; what fails then, fails all who ask."""
-    guard = threading.Lock()
+    import _thread
+    guard = _thread.allocate_lock()     # that of threading, which an idle run need not load
 
     @functools.cache
     def made(word: str) -> T | Exception:
@@ -5001,9 +5004,7 @@ def check_names(entry: Entry) -> Sequence[str]:
 def conclude(entry: Entry, result: Any, run: RunScope, now: float, world: World) -> Tended:
     """Make live what was obtained; the entry as it is then, with its outcome."""
     try:
-        if isinstance(result, BaseException):
-            raise result
-        found = store(result, run, run_mark(now), world.now())
+        found = store(result_of(result), run, run_mark(now), world.now())
         if found.facts and now >= renewal_time(found.facts, found.wanted.renew):
             log(f"{entry.title}: the new certificate is due again at once: it lives shorter than renew expects; "
                 "every run will renew it", wrong=True)
@@ -6089,7 +6090,8 @@ def understand_call(argv: Sequence[str], world: World) -> Call:
     if "c" not in given and not os.path.isdir(UACME_DIRECTORY):
         source = read_source(find_ini(os.environ.get("WUCME_INI", "")))
         for flat in (os.getcwd(), read_settings(source, texts).run.directory):
-            if "account" in list_names(flat)[2]:
+            _, _, keys, _ = list_names(flat)
+            if "account" in keys:
                 asked = {"key": kind} if {"t", "b"} & set(given) else {}        # else what the ini says
                 settings = read_settings(source, {**texts, **asked, "directory": flat})
                 return Call(verb, words, given, settings, "", Clients(settings, world))
